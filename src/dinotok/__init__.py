@@ -1,0 +1,36 @@
+"""Image tokenizers on frozen vision foundation models, for diffusers and transformers."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_LOCATIONS = {
+    "AutoencoderDINOTok": "models.autoencoder_dinotok",
+    "EncoderUnavailableError": "models.encoders",
+    "FrozenEncoder": "models.encoders",
+    "ImageProcessor": "image_processor",
+    "config_path": "configs",
+}
+
+__all__ = ["__version__", *sorted(_LOCATIONS)]
+
+if TYPE_CHECKING:
+    from .configs import config_path as config_path
+    from .image_processor import ImageProcessor as ImageProcessor
+    from .models.autoencoder_dinotok import AutoencoderDINOTok as AutoencoderDINOTok
+    from .models.encoders import EncoderUnavailableError as EncoderUnavailableError
+    from .models.encoders import FrozenEncoder as FrozenEncoder
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used, so that `import dinotok` costs nothing."""
+    if name not in _LOCATIONS:
+        raise AttributeError(f"module 'dinotok' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_LOCATIONS[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

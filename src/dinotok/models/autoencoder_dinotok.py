@@ -1,0 +1,213 @@
+"""DINO-Tok-AE: deep features for meaning, shallow ones for detail, in one continuous latent (arXiv 2511.20565)."""
+
+from collections.abc import Iterable
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.autoencoders.vae import Decoder
+from diffusers.models.modeling_utils import ModelMixin  # noqa: F401  diffusers looks for this name when it loads us
+from torch import nn
+
+from ..statistics import StreamingMoments
+from .buffers import ChannelAffine
+from .tokenizer_model import TokenizerModel, channels_last_rows
+
+
+class AutoencoderDINOTok(TokenizerModel):
+    """Continuous image autoencoder on a frozen DINO.
+
+    The latents are `[deep; texture]`: the last layer's features as they are, and a linear projection of a shallow
+    layer's to `texture_channels`. They are decoded by the sum of two paths: a linear map from one feature to its
+    patch of pixels, and a convolutional decoder that sees both parts and starts at zero. `fit` finds the projection
+    and the linear map in closed form; training goes on from there.
+
+    The authors published no code. What they state is the frozen encoder, the two depths, the width 832 = 768 + 64 and
+    the down-sampling 16; the shallow layer, the projection and the decoder are choices of this library, each a config
+    value (see the documentation's list of differences).
+
+    Args:
+        encoder_config: The `to_dict()` of the encoder's `transformers` configuration.
+        image_mean: What the encoder's input in [0, 1] is normalised with.
+        image_std: Likewise.
+        patch_size: Pixels per latent on each side; must be `2 ** (len(block_out_channels) - 1)`.
+        shallow_layer: Hidden state the texture part comes from; 0 is the embedding output.
+        texture_channels: Width of the texture part. 0 leaves it out: deep features only, as in RAE, the control of
+            every table; the linear path then starts from the deep part.
+        deep_layers: The deep part is the sum of this many last layers (RAEv2's baseline); 1 is the paper's.
+        block_out_channels: Widths of the convolutional decoder from the picture inwards; `(128, 128, 256, 256, 512)`
+            is the decoder of LDM and VA-VAE.
+        layers_per_block: Residual blocks per resolution of the encoder that decoder mirrors (it has one more).
+        norm_num_groups: Groups of its normalisation layers.
+        mid_block_add_attention: Self-attention at the lowest resolution.
+        latent_channels: Derived; accepted so that a saved config rebuilds the model, and checked.
+        latents_mean: Per channel, from `fit`; `None` for zeros.
+        latents_std: Per channel, from `fit`; `None` for ones.
+        scaling_factor: 1: the latents are normalised already. For pipelines that read it.
+        shift_factor: 0, likewise.
+        force_upcast: False, likewise.
+        encoder_repository: Where the encoder came from, `None` for a local folder.
+        encoder_revision: Its revision.
+        encoder_digest: SHA-256 of its weights.
+
+    Raises:
+        ValueError: If a number does not fit the others.
+    """
+
+    _no_split_modules = ["ResnetBlock2D", "UNetMidBlock2D"]
+
+    @register_to_config
+    def __init__(
+        self,
+        encoder_config: dict[str, Any],
+        image_mean: list[float] | None = None,
+        image_std: list[float] | None = None,
+        patch_size: int = 16,
+        shallow_layer: int = 0,
+        texture_channels: int = 64,
+        deep_layers: int = 1,
+        block_out_channels: tuple[int, ...] = (128, 128, 256, 256, 512),
+        layers_per_block: int = 2,
+        norm_num_groups: int = 32,
+        mid_block_add_attention: bool = True,
+        latent_channels: int | None = None,
+        latents_mean: list[float] | None = None,
+        latents_std: list[float] | None = None,
+        scaling_factor: float = 1.0,
+        shift_factor: float = 0.0,
+        force_upcast: bool = False,
+        encoder_repository: str | None = None,
+        encoder_revision: str | None = None,
+        encoder_digest: str | None = None,
+    ):
+        super().__init__()
+        self.register_to_config(
+            image_mean=list(image_mean or (0.485, 0.456, 0.406)), image_std=list(image_std or (0.229, 0.224, 0.225))
+        )
+        self.encoder = self._build_encoder()
+        self._check_config()
+        self.patch_size = patch_size
+        self.deep_channels = self.encoder.hidden_size
+        self.texture_channels = texture_channels
+        self.latent_channels = self.deep_channels + texture_channels
+        if latent_channels not in (None, self.latent_channels):
+            raise ValueError(
+                f"latent_channels={latent_channels}, but the encoder's {self.deep_channels} and "
+                f"texture_channels={texture_channels} make {self.latent_channels}."
+            )
+        self.register_to_config(latent_channels=self.latent_channels)
+        self.latents_affine = self._build_latents_affine()
+        if texture_channels:
+            self.texture_projection = nn.Conv2d(self.encoder.hidden_size, texture_channels, 1)
+        self.decoder_input = ChannelAffine([0.0] * self.latent_channels, [1.0] * self.latent_channels, persistent=True)
+        self.linear_decoder = nn.Conv2d(texture_channels or self.deep_channels, 3 * patch_size**2, 1)
+        self.decoder = Decoder(
+            in_channels=self.latent_channels,
+            out_channels=3,
+            up_block_types=("UpDecoderBlock2D",) * len(block_out_channels),
+            block_out_channels=tuple(block_out_channels),
+            layers_per_block=layers_per_block,
+            norm_num_groups=norm_num_groups,
+            mid_block_add_attention=mid_block_add_attention,
+        )
+        nn.init.zeros_(self.decoder.conv_out.weight)
+        nn.init.zeros_(self.decoder.conv_out.bias)
+        self._init_memory_options()
+
+    def _check_config(self) -> None:
+        config = self.config
+        stages = len(config.block_out_channels) - 1
+        if config.patch_size != 2**stages:
+            raise ValueError(
+                f"patch_size={config.patch_size} needs log2(patch_size) + 1 values of block_out_channels, "
+                f"{stages + 1} were given."
+            )
+        if config.texture_channels < 0:
+            raise ValueError(f"texture_channels={config.texture_channels} must not be negative.")
+        last = self.encoder.num_layers
+        if not 0 <= config.shallow_layer <= last:
+            raise ValueError(f"shallow_layer={config.shallow_layer} does not exist: hidden states are 0 to {last}.")
+        if not 1 <= config.deep_layers <= last:
+            raise ValueError(f"deep_layers={config.deep_layers} must lie between 1 and {last}.")
+
+    # ------------------------------------------------------------------------------------------ encode and decode
+
+    def _features(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The deep grid and, if there is a texture part, the shallow one: each `(B, D, h, w)`, in one pass."""
+        also = (self.config.shallow_layer,) if self.texture_channels else ()
+        deep, *shallow = self.encoder.last_layers_sum(pixels, self.config.deep_layers, also)
+        return deep, (shallow[0] if shallow else None)
+
+    def _encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        deep, shallow = self._features(pixels)  # (B, D, h, w) each
+        if shallow is None:
+            return deep
+        return torch.cat([deep, self.texture_projection(shallow)], dim=1)  # (B, D + T, h, w)
+
+    def _decode(self, latents: torch.Tensor) -> torch.Tensor:
+        inputs = self.decoder_input.normalize(latents).to(self.dtype)  # (B, C, h, w)
+        patches = self.linear_decoder(inputs[:, -self.linear_decoder.in_channels :])  # (B, 3 p^2, h, w)
+        return F.pixel_shuffle(patches, self.patch_size) + self.decoder(inputs)  # (B, 3, h p, w p)
+
+    # ------------------------------------------------------------------------------------------- closed-form start
+
+    @torch.no_grad()
+    def fit(self, batches: Iterable[torch.Tensor], ridge: float = 1e-4) -> Self:
+        """Set projection, linear path and latent statistics in closed form, in one pass over pictures.
+
+        The projection becomes the PCA of the shallow layer; the linear path becomes the ridge regression from it to
+        patches of pixels; the latents' mean and standard deviation follow from the same sums. The convolutional
+        decoder is left as it is. Sums are kept in float64 and the pictures are not; under
+        `torch.distributed` every process passes its share and all end with the same model.
+
+        Args:
+            batches: An iterable of `(B, 3, H, W)` pixels in [-1, 1]; sizes may differ between batches.
+            ridge: Penalty of the regression, relative to the regressors' variance.
+
+        Returns:
+            The model.
+
+        Raises:
+            ValueError: If a batch is not of that form, or there are fewer tokens than shallow channels.
+        """
+        targets = 3 * self.patch_size**2
+        shallow_moments = StreamingMoments(self.encoder.hidden_size, targets if self.texture_channels else 0)
+        deep_moments = StreamingMoments(self.deep_channels, 0 if self.texture_channels else targets)
+        for pixels in self._pixel_batches(batches):
+            deep, shallow = self._features(pixels)
+            patches = channels_last_rows(F.pixel_unshuffle(pixels, self.patch_size))
+            if shallow is None:
+                deep_moments.update(channels_last_rows(deep), patches)
+            else:
+                deep_moments.update(channels_last_rows(deep))
+                shallow_moments.update(channels_last_rows(shallow), patches)
+        deep_moments.all_reduce()
+        shallow_moments.all_reduce()
+        needed = self.encoder.hidden_size + 1
+        if deep_moments.count < needed:
+            raise ValueError(f"fit saw {deep_moments.count} tokens; at least {needed} are needed.")
+        mean, variance = deep_moments.mean, deep_moments.variance
+        if self.texture_channels:
+            pca = shallow_moments.pca()
+            projection = pca.components[:, : self.texture_channels]  # (D, T)
+            _set_linear(self.texture_projection, projection, -(pca.mean @ projection))
+            variance = torch.cat([variance, pca.eigenvalues[: self.texture_channels]])
+            mean = torch.cat([mean, mean.new_zeros(self.texture_channels)])
+            weight, bias = shallow_moments.ridge(projection, ridge)
+            bias = bias + pca.mean @ projection @ weight
+        else:
+            weight, bias = deep_moments.ridge(alpha=ridge)
+            bias = bias + mean @ weight
+        self._set_latents_statistics(mean, variance.sqrt())
+        self.decoder_input.set(self.latents_mean, self.latents_std)
+        _set_linear(self.linear_decoder, self.latents_std.cpu()[-len(weight) :, None] * weight, bias)
+        return self
+
+
+def _set_linear(layer: nn.Conv2d, weight: torch.Tensor, bias: torch.Tensor) -> None:
+    """Set a 1x1 convolution to `rows @ weight + bias`."""
+    if layer.bias is None:
+        raise ValueError("The layer has no bias.")
+    layer.weight.copy_(weight.T[:, :, None, None])
+    layer.bias.copy_(bias)

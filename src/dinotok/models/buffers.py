@@ -1,0 +1,53 @@
+"""Buffers that keep float32 whatever precision the model around them runs in."""
+
+import torch
+from torch import nn
+
+
+class Float32Buffers(nn.Module):
+    """A module whose float32 buffers follow the model's device but never its dtype.
+
+    Statistics (means, standard deviations, principal directions, code books) lose more from a cast to bfloat16 than
+    the network around them does, and the loss is permanent. `model.to(torch.bfloat16)`, `model.half()` and the like
+    therefore leave them alone; callers cast the result of a computation, not its constants.
+    """
+
+    def _apply(self, fn, recurse=True):
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, buffer in self._buffers.items():
+            old = before[name]
+            if buffer is not None and old is not None and old.dtype == torch.float32 != buffer.dtype:
+                self._buffers[name] = old.to(device=buffer.device)
+        return self
+
+
+class ChannelAffine(Float32Buffers):
+    """Normalise `(B, C, h, w)` per channel with fixed statistics, computed in float32.
+
+    Args:
+        mean: C numbers.
+        std: C positive numbers.
+        persistent: Keep them in the state dict, for statistics that the config does not carry.
+    """
+
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def __init__(self, mean: list[float], std: list[float], persistent: bool = False):
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, -1, 1, 1), persistent)
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, -1, 1, 1), persistent)
+
+    def set(self, mean: torch.Tensor, std: torch.Tensor) -> None:
+        """Replace the statistics by `(C,)` tensors, in place."""
+        self.mean = mean.to(self.mean).view_as(self.mean)
+        self.std = std.to(self.std).view_as(self.std)
+
+    def normalize(self, values: torch.Tensor) -> torch.Tensor:
+        """Return `(values - mean) / std` in float32."""
+        return (values.float() - self.mean) / self.std
+
+    def denormalize(self, values: torch.Tensor) -> torch.Tensor:
+        """Return `values * std + mean` in float32: the inverse of `normalize`."""
+        return values.float() * self.std + self.mean

@@ -1,0 +1,92 @@
+"""diffusers' own tester mixins on our models. They are not part of its wheel: point DIFFUSERS_TESTS to a copy.
+
+    git clone --depth 1 --branch v0.42.1 https://github.com/huggingface/diffusers
+    mkdir vendor && cp -r diffusers/tests vendor/diffusers_tests
+    DIFFUSERS_TESTS=vendor make test-compatibility
+
+Tests that need an accelerator skip themselves, except where only a mark forbids the CPU: those marks are removed here.
+"""
+
+import os
+import sys
+
+import pytest
+import torch
+
+from dinotok import AutoencoderDINOTok
+from tests.conftest import TINY_DECODER, TINY_ENCODERS
+
+if "DIFFUSERS_TESTS" not in os.environ:
+    pytest.skip("DIFFUSERS_TESTS does not name a copy of diffusers' tests", allow_module_level=True)
+sys.path.insert(0, os.environ["DIFFUSERS_TESTS"])
+
+from diffusers_tests.models.testing_utils import (  # noqa: E402
+    AttentionTesterMixin,
+    BaseModelTesterConfig,
+    MemoryTesterMixin,
+    ModelTesterMixin,
+    TorchCompileTesterMixin,
+    TrainingTesterMixin,
+)
+from diffusers_tests.testing_utils import enable_full_determinism, torch_device  # noqa: E402
+
+try:
+    from diffusers_tests.models.autoencoders.testing_utils import AutoencoderTesterMixin
+except ImportError:  # its name up to 0.40
+    from diffusers_tests.models.autoencoders.testing_utils import NewAutoencoderTesterMixin as AutoencoderTesterMixin
+
+enable_full_determinism()
+
+
+def on_cpu(mixin: type) -> type:
+    """Remove the marks that skip a mixin's tests on a CPU."""
+    for base in mixin.__mro__:
+        for owner in (base, *(f for n, f in vars(base).items() if n.startswith("test_"))):
+            marks = getattr(owner, "pytestmark", None)
+            if isinstance(marks, list):
+                owner.pytestmark = [mark for mark in marks if mark.name != "skipif"]
+    return mixin
+
+
+class Config(BaseModelTesterConfig):
+    model_class = AutoencoderDINOTok
+    output_shape = (3, 32, 48)
+    main_input_name = "sample"
+    different_shapes_for_compilation = [(32, 32), (32, 64), (48, 48)]
+
+    def get_init_dict(self):
+        return {"encoder_config": TINY_ENCODERS["dinov3_vit"], "texture_channels": 8, **TINY_DECODER}
+
+    def get_dummy_inputs(self, height=32, width=48):
+        generator = torch.Generator("cpu").manual_seed(0)
+        return {"sample": torch.rand(2, 3, height, width, generator=generator).to(torch_device) * 2 - 1}
+
+
+class TestModel(Config, on_cpu(ModelTesterMixin)):
+    @pytest.mark.xfail(
+        reason="the test wants the message of the fallback to a pickle, which we do not have", strict=True
+    )
+    def test_from_save_pretrained_variant(self, base_model_output, tmp_path):
+        super().test_from_save_pretrained_variant(base_model_output, tmp_path)
+
+
+class TestAutoencoder(Config, AutoencoderTesterMixin):
+    def get_init_dict(self):  # the mixin tries two resolutions, so two pixels a patch
+        return {**super().get_init_dict(), "patch_size": 2, "block_out_channels": (8, 8)}
+
+
+class TestAttention(Config, AttentionTesterMixin):
+    pass
+
+
+class TestTraining(Config, TrainingTesterMixin):
+    def test_gradient_checkpointing_is_applied(self):
+        super().test_gradient_checkpointing_is_applied(expected_set={"Decoder", "UNetMidBlock2D", "DINOv3ViTLayer"})
+
+
+class TestCompile(Config, on_cpu(TorchCompileTesterMixin)):
+    pass
+
+
+class TestMemory(Config, on_cpu(MemoryTesterMixin)):
+    pass

@@ -1,0 +1,29 @@
+"""Tokenizers and pictures that are real and small."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from dinotok import AutoencoderDINOTok
+from tests.conftest import TINY_DECODER, TINY_ENCODERS
+
+
+def tiny_tokenizer(seed: int = 0) -> AutoencoderDINOTok:
+    """Build a fitted autoencoder whose convolutional decoder contributes too."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        tokenizer = AutoencoderDINOTok(
+            encoder_config=TINY_ENCODERS["dinov3_vit"], texture_channels=8, **TINY_DECODER
+        ).eval()
+        torch.nn.init.normal_(tokenizer.decoder.conv_out.weight, std=0.05)
+        return tokenizer.fit([torch.rand(2, 3, 96, 96) * 2 - 1])
+
+
+def save_picture(path: Path, width: int, height: int, mode: str = "RGB", seed: int = 0) -> Path:
+    """Write a smooth random picture in the format of its suffix."""
+    array = np.random.default_rng(seed).integers(0, 256, (3, 4, 4), dtype=np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array).resize((width, height), Image.Resampling.BICUBIC).convert(mode).save(path)
+    return path
