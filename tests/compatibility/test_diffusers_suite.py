@@ -4,7 +4,8 @@
     mkdir vendor && cp -r diffusers/tests vendor/diffusers_tests
     DIFFUSERS_TESTS=vendor make test-compatibility
 
-Tests that need an accelerator skip themselves, except where only a mark forbids the CPU: those marks are removed here.
+Many tests carry a mark that skips them on a CPU although they run there: those marks are removed. What needs an
+accelerator indeed (streams, several devices) is skipped.
 """
 
 import os
@@ -23,6 +24,7 @@ sys.path.insert(0, os.environ["DIFFUSERS_TESTS"])
 from diffusers_tests.models.testing_utils import (  # noqa: E402
     AttentionTesterMixin,
     BaseModelTesterConfig,
+    LayerwiseCastingTesterMixin,
     MemoryTesterMixin,
     ModelTesterMixin,
     TorchCompileTesterMixin,
@@ -48,6 +50,9 @@ def on_cpu(mixin: type) -> type:
     return mixin
 
 
+needs_accelerator = pytest.mark.skipif(torch_device == "cpu", reason="needs an accelerator")
+
+
 class Config(BaseModelTesterConfig):
     model_class = AutoencoderDINOTok
     output_shape = (3, 32, 48)
@@ -69,6 +74,10 @@ class TestModel(Config, on_cpu(ModelTesterMixin)):
     def test_from_save_pretrained_variant(self, base_model_output, tmp_path):
         super().test_from_save_pretrained_variant(base_model_output, tmp_path)
 
+    @needs_accelerator
+    def test_model_parallelism(self, *arguments, **named):
+        super().test_model_parallelism(*arguments, **named)
+
 
 class TestAutoencoder(Config, AutoencoderTesterMixin):
     def get_init_dict(self):  # the mixin tries two resolutions, so two pixels a patch
@@ -85,8 +94,14 @@ class TestTraining(Config, TrainingTesterMixin):
 
 
 class TestCompile(Config, on_cpu(TorchCompileTesterMixin)):
+    @needs_accelerator
+    def test_compile_with_group_offloading(self):
+        super().test_compile_with_group_offloading()
+
+
+class TestLayerwiseCasting(Config, on_cpu(LayerwiseCastingTesterMixin)):
     pass
 
 
-class TestMemory(Config, on_cpu(MemoryTesterMixin)):
+class TestMemory(Config, MemoryTesterMixin):
     pass

@@ -54,7 +54,7 @@ def test_fitted_latents_have_zero_mean_and_unit_variance():
     torch.testing.assert_close(latents.mean((0, 2, 3)), torch.zeros(40).double(), atol=1e-4, rtol=0)
     torch.testing.assert_close(latents.var((0, 2, 3), correction=0), torch.ones(40).double(), atol=1e-3, rtol=0)
     texture = latents[:, 32:].permute(1, 0, 2, 3).flatten(1)
-    torch.testing.assert_close(torch.cov(texture), torch.eye(8).double(), atol=1e-2, rtol=0)  # PCA decorrelates
+    torch.testing.assert_close(torch.cov(texture), torch.eye(8).double(), atol=1e-2, rtol=0)  # decorrelated, too
 
 
 def test_fitted_linear_path_is_the_least_squares_optimum():
@@ -75,9 +75,32 @@ def test_fitted_linear_path_is_the_least_squares_optimum():
     assert ours.square().mean().item() == pytest.approx(residual.square().mean().item(), rel=1e-4)
 
 
-def test_projection_spans_the_principal_components():
+def test_no_projection_of_the_same_width_loses_less_of_the_pixels():
+    """Alternating least squares from a random start ends at the same error, and PCA at a larger one."""
     data = batches()
-    model = tiny_autoencoder(shallow_layer=2).fit(data)
+    model = tiny_autoencoder(shallow_layer=1)
+    torch.nn.init.zeros_(model.decoder.conv_out.weight)
+    torch.nn.init.zeros_(model.decoder.conv_out.bias)
+    errors = {}
+    for projection in ("regression", "pca"):
+        model.fit(data, ridge=1e-10, projection=projection)
+        errors[projection] = torch.cat([(model(p).sample - p).flatten() for p in data]).square().mean().item()
+    rows = lambda grid: grid.permute(0, 2, 3, 1).flatten(0, 2).double()  # noqa: E731
+    x = torch.cat([rows(model.encoder(pixels, [1])[0]) for pixels in data])
+    y = torch.cat([rows(F.pixel_unshuffle(pixels, 16)) for pixels in data])
+    x, y = x - x.mean(0), y - y.mean(0)
+    weight = torch.randn(8, 768, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for _ in range(300):
+        projected = x @ torch.linalg.lstsq(x, y @ torch.linalg.pinv(weight)).solution
+        weight = torch.linalg.lstsq(projected, y).solution
+    best = (y - projected @ weight).square().mean().item()
+    assert errors["regression"] == pytest.approx(best, rel=1e-3)
+    assert errors["pca"] > 1.02 * best
+
+
+def test_pca_projection_spans_the_principal_components():
+    data = batches()
+    model = tiny_autoencoder(shallow_layer=2).fit(data, projection="pca")
     shallow = torch.cat([model.encoder(pixels, [2])[0] for pixels in data]).permute(1, 0, 2, 3).flatten(1).double()
     _, vectors = torch.linalg.eigh(torch.cov(shallow))
     principal = vectors[:, -8:]
@@ -116,13 +139,24 @@ def test_statistics_can_be_measured_again_without_changing_reconstructions():
     assert model.config.latents_mean == model.latents_mean.tolist()
 
 
+def test_channels_that_never_vary_keep_their_scale():
+    """Pictures of one colour: there is nothing to fit, and nothing may be divided by zero."""
+    model = tiny_autoencoder()
+    model.fit_latents_statistics([torch.full((8, 3, 48, 80), 0.25)])
+    model.texture_projection.weight.data.zero_()
+    model.fit_latents_statistics(batches(2))
+    assert torch.equal(model.latents_std[32:], torch.ones(8))
+    assert model.encode(batches()[0]).latent.isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
         ([torch.zeros(1, 3, 48, 50)], "Batch 0: Image size 48x50"),
         ([random_pixels(2, 3, 32, 48), torch.full((1, 3, 32, 32), 1.5)], r"Batch 1: pixels must lie in \[-1, 1\]"),
         ([torch.full((1, 3, 32, 32), torch.nan)], "Batch 0: pixels must lie in"),
-        (["photo.jpg"], "Batch 0 is a str"),
+        (["photo.jpg"], "Batch 0: Pixels are a str"),
+        ([torch.zeros(0, 3, 32, 32)], r"Batch 0: Pixels must have shape .* got \(0, 3, 32, 32\)"),
         ([random_pixels(1, 3, 32, 32)], "fit saw 4 tokens; at least 33"),
         ([], "0 tokens"),
     ],
@@ -142,9 +176,12 @@ def test_fit_names_what_is_wrong(data, message):
         ({"shallow_layer": 4}, "shallow_layer=4 does not exist"),
         ({"deep_layers": 0}, "deep_layers=0"),
         ({"texture_channels": -1}, "texture_channels=-1"),
+        ({"texture_channels": 33}, "texture_channels=33 must lie between 0 and 32"),
         ({"latent_channels": 7}, "latent_channels=7"),
         ({"latents_mean": [0.0]}, "latents_mean has 1 values"),
         ({"latents_std": [0.0] * 40}, "latents_std must be positive"),
+        ({"latents_mean": [float("nan")] * 40}, "latents_mean contains NaN"),
+        ({"latents_std": [float("inf")] * 40}, "latents_std contains NaN or infinite"),
     ],
 )
 def test_configs_that_do_not_fit_are_named(values, message):
@@ -168,6 +205,14 @@ def test_paper_size_configs_build(name, encoder):
     assert sum(parameter.numel() for parameter in model.encoder.parameters()) == pytest.approx(86e6, rel=0.02)
     assert model.decoder.conv_in.weight.shape == (512, 832, 3, 3)
     assert [block.resnets[0].conv1.out_channels for block in model.decoder.up_blocks] == [512, 256, 256, 128, 128]
+
+
+def test_a_new_model_normalises_as_told_and_its_convolutional_decoder_starts_at_zero():
+    statistics = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
+    model = AutoencoderDINOTok(TINY_ENCODERS["vit"], texture_channels=8, **statistics, **TINY_DECODER)
+    assert model.encoder.normalization.mean.flatten().tolist() == pytest.approx([0.1, 0.2, 0.3])
+    assert model.encoder.normalization.std.flatten().tolist() == pytest.approx([0.4, 0.5, 0.6])
+    assert model.decoder(torch.randn(1, 40, 2, 3)).abs().max() == 0
 
 
 def test_unknown_config_names_the_known_ones():
@@ -245,6 +290,14 @@ def test_tiled_closed_form_reconstruction_is_close_to_the_untiled_one():
     torch.testing.assert_close(model(pixels).sample, expected, atol=1e-4, rtol=1e-3)
 
 
+def test_default_tiles_are_512_pixels_and_share_a_quarter(autoencoder):
+    autoencoder.enable_tiling()
+    assert (autoencoder.tile_size, autoencoder.tile_overlap) == (512, 128)
+    autoencoder.enable_tiling(96)
+    assert autoencoder.tile_overlap == 16  # whole patches
+    assert autoencoder(random_pixels(1, 3, 16, 240)).sample.shape == (1, 3, 16, 240)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"), [((60,), "tile_size=60"), ((64, 8), "tile_overlap=8"), ((64, 64), "less")]
 )
@@ -263,7 +316,7 @@ def test_half_precision_keeps_statistics_and_stays_close(dtype):
     assert model.latents_mean.dtype == model.decoder_input.std.dtype == torch.float32
     assert torch.equal(model.latents_mean, mean)
     sample = model(data[0].to(dtype)).sample
-    assert sample.dtype == dtype
+    assert sample.dtype == model.encode(data[0].to(dtype)).latent.dtype == dtype
     assert (sample.float() - expected).abs().mean() < 0.05 * expected.abs().mean()
 
 

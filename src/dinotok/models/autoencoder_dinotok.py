@@ -1,7 +1,7 @@
 """DINO-Tok-AE: deep features for meaning, shallow ones for detail, in one continuous latent (arXiv 2511.20565)."""
 
 from collections.abc import Iterable
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -56,6 +56,7 @@ class AutoencoderDINOTok(TokenizerModel):
     """
 
     _no_split_modules = ["ResnetBlock2D", "UNetMidBlock2D"]
+    _keep_in_fp32_modules = ["decoder_input"]
 
     @register_to_config
     def __init__(
@@ -123,8 +124,9 @@ class AutoencoderDINOTok(TokenizerModel):
                 f"patch_size={config.patch_size} needs log2(patch_size) + 1 values of block_out_channels, "
                 f"{stages + 1} were given."
             )
-        if config.texture_channels < 0:
-            raise ValueError(f"texture_channels={config.texture_channels} must not be negative.")
+        most = min(self.encoder.hidden_size, 3 * config.patch_size**2)
+        if not 0 <= config.texture_channels <= most:
+            raise ValueError(f"texture_channels={config.texture_channels} must lie between 0 and {most}.")
         last = self.encoder.num_layers
         if not 0 <= config.shallow_layer <= last:
             raise ValueError(f"shallow_layer={config.shallow_layer} does not exist: hidden states are 0 to {last}.")
@@ -153,17 +155,26 @@ class AutoencoderDINOTok(TokenizerModel):
     # ------------------------------------------------------------------------------------------- closed-form start
 
     @torch.no_grad()
-    def fit(self, batches: Iterable[torch.Tensor], ridge: float = 1e-4) -> Self:
+    def fit(
+        self,
+        batches: Iterable[torch.Tensor],
+        ridge: float = 1e-4,
+        projection: Literal["regression", "pca"] = "regression",
+    ) -> Self:
         """Set projection, linear path and latent statistics in closed form, in one pass over pictures.
 
-        The projection becomes the PCA of the shallow layer; the linear path becomes the ridge regression from it to
-        patches of pixels; the latents' mean and standard deviation follow from the same sums. The convolutional
-        decoder is left as it is. Sums are kept in float64 and the pictures are not; under
-        `torch.distributed` every process passes its share and all end with the same model.
+        The linear path becomes the ridge regression from the texture channels to patches of pixels, and the latents'
+        mean and standard deviation follow from the same sums. The convolutional decoder is left as it is. Sums are
+        kept in float64 and the pictures are not; under `torch.distributed` every process passes its share and all end
+        with the same model.
 
         Args:
             batches: An iterable of `(B, 3, H, W)` pixels in [-1, 1]; sizes may differ between batches.
             ridge: Penalty of the regression, relative to the regressors' variance.
+            projection: Of the shallow layer to the texture channels. "regression": the one that loses least of the
+                pixels (reduced-rank regression); distances between texture latents are then distances between patches,
+                which the texture codebook of a `VQModelDINOTok` profits from. "pca": the one that loses least of the
+                layer, position embeddings and all.
 
         Returns:
             The model.
@@ -171,9 +182,38 @@ class AutoencoderDINOTok(TokenizerModel):
         Raises:
             ValueError: If a batch is not of that form, or there are fewer tokens than shallow channels.
         """
+        if projection not in ("regression", "pca"):
+            raise ValueError(f"projection={projection!r} is neither 'regression' nor 'pca'.")
+        deep, shallow = self._measure(batches)
+        needed = self.encoder.hidden_size + 1
+        if deep.count < needed:
+            raise ValueError(f"fit saw {deep.count} tokens; at least {needed} are needed.")
+        mean, variance = deep.mean, deep.variance
+        if not self.texture_channels:
+            weight, bias = deep.ridge(alpha=ridge)
+            bias = bias + mean @ weight
+        else:
+            if projection == "regression":
+                directions, weight = shallow.reduced_rank_regression(self.texture_channels, ridge)
+            else:
+                directions = shallow.pca().components[:, : self.texture_channels]
+                weight, _ = shallow.ridge(directions, ridge)
+            bias = shallow.target_mean
+            _set_linear(self.texture_projection, directions, -(shallow.mean @ directions))
+            mean = torch.cat([mean, mean.new_zeros(self.texture_channels)])
+            variance = torch.cat([variance, (directions * (shallow.covariance @ directions)).sum(0)])
+        self._set_latents_statistics(mean, variance.sqrt())
+        self.decoder_input.set(self.latents_mean, self.latents_std)
+        _set_linear(self.linear_decoder, self.latents_std.cpu()[-len(weight) :, None] * weight, bias)
+        return self
+
+    def _measure(self, batches: Iterable[torch.Tensor]) -> tuple[StreamingMoments, StreamingMoments]:
+        """The moments of deep and shallow features; of those that the linear path reads, with the patches."""
         targets = 3 * self.patch_size**2
         shallow_moments = StreamingMoments(self.encoder.hidden_size, targets if self.texture_channels else 0)
-        deep_moments = StreamingMoments(self.deep_channels, 0 if self.texture_channels else targets)
+        deep_moments = StreamingMoments(
+            self.deep_channels, 0 if self.texture_channels else targets, covariance=not self.texture_channels
+        )
         for pixels in self._pixel_batches(batches):
             deep, shallow = self._features(pixels)
             patches = channels_last_rows(F.pixel_unshuffle(pixels, self.patch_size))
@@ -182,27 +222,7 @@ class AutoencoderDINOTok(TokenizerModel):
             else:
                 deep_moments.update(channels_last_rows(deep))
                 shallow_moments.update(channels_last_rows(shallow), patches)
-        deep_moments.all_reduce()
-        shallow_moments.all_reduce()
-        needed = self.encoder.hidden_size + 1
-        if deep_moments.count < needed:
-            raise ValueError(f"fit saw {deep_moments.count} tokens; at least {needed} are needed.")
-        mean, variance = deep_moments.mean, deep_moments.variance
-        if self.texture_channels:
-            pca = shallow_moments.pca()
-            projection = pca.components[:, : self.texture_channels]  # (D, T)
-            _set_linear(self.texture_projection, projection, -(pca.mean @ projection))
-            variance = torch.cat([variance, pca.eigenvalues[: self.texture_channels]])
-            mean = torch.cat([mean, mean.new_zeros(self.texture_channels)])
-            weight, bias = shallow_moments.ridge(projection, ridge)
-            bias = bias + pca.mean @ projection @ weight
-        else:
-            weight, bias = deep_moments.ridge(alpha=ridge)
-            bias = bias + mean @ weight
-        self._set_latents_statistics(mean, variance.sqrt())
-        self.decoder_input.set(self.latents_mean, self.latents_std)
-        _set_linear(self.linear_decoder, self.latents_std.cpu()[-len(weight) :, None] * weight, bias)
-        return self
+        return deep_moments.all_reduce(), shallow_moments.all_reduce()
 
 
 def _set_linear(layer: nn.Conv2d, weight: torch.Tensor, bias: torch.Tensor) -> None:
