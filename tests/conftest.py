@@ -1,10 +1,12 @@
 """Fixtures shared by all tests: tiny real encoders, real data where it is at hand."""
 
+import json
 import os
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModel
 
 from dinotok import AutoencoderDINOTok
 
@@ -75,6 +77,14 @@ def tiny_autoencoder(family: str = "dinov3_vit", **config) -> AutoencoderDINOTok
     torch.manual_seed(0)
     values = {"encoder_config": TINY_ENCODERS[family], "texture_channels": 8, **TINY_DECODER, **config}
     return randomize(AutoencoderDINOTok(**values)).eval()
+
+
+def save_tiny_encoder(folder: Path, seed: int, family: str = "dinov3_vit") -> Path:
+    """Write an encoder as `transformers` does, with its `preprocessor_config.json`."""
+    torch.manual_seed(seed)
+    AutoModel.from_config(AutoConfig.for_model(**TINY_ENCODERS[family])).save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5] * 3, "image_std": [0.25] * 3}))
+    return folder
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dinotok.statistics import StreamingMoments
+from dinotok.statistics import ReservoirSample, StreamingMoments, _draw, cluster_sums, kmeans
 
 
 def rows(count: int, channels: int, seed: int, offset: float = 0.0) -> torch.Tensor:
@@ -102,26 +102,230 @@ def test_bad_rows_are_named():
         _ = StreamingMoments(2, covariance=False).update(torch.ones(3, 2)).covariance
 
 
-def _moments_of_my_share(rank: int, queue, address: str) -> None:
+# ---------------------------------------------------------------------------------------------------- reservoir sample
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def numbered(count: int, start: int = 0) -> torch.Tensor:
+    """Rows that say which they are."""
+    return torch.arange(start, start + count).float()[:, None].expand(-1, 2)
+
+
+@settings(max_examples=50, deadline=None)
+@given(capacity=st.integers(1, 12), sizes=st.lists(st.integers(0, 9), max_size=6), merged=st.booleans())
+def test_a_sample_is_distinct_rows_of_the_stream_up_to_capacity(capacity, sizes, merged):
+    sample, other = ReservoirSample(capacity, generator()), ReservoirSample(capacity, generator(1))
+    seen = 0
+    for position, size in enumerate(sizes):
+        (other if merged and position % 2 else sample).update(numbered(size, seen))
+        seen += size
+    sample.merge(other)
+    assert len(sample) == min(capacity, seen)
+    if not seen:
+        with pytest.raises(ValueError, match="sample is empty"):
+            _ = sample.rows
+        return
+    assert sample.rows.shape == (min(capacity, seen), 2) and sample.rows.dtype == torch.float32
+    drawn = sample.rows[:, 0].tolist()
+    assert len(set(drawn)) == len(drawn) and set(drawn) <= set(range(seen))
+    assert torch.equal(sample.rows[:, 0], sample.rows[:, 1])
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_every_row_is_as_likely_to_be_kept(merged):
+    """Rows 0 to 19 in batches of unequal size, 5 kept, 2,000 times: 500 of each, 105 of each pair, +- 5 sigma."""
+    counts, pairs, keys = torch.zeros(20), torch.zeros(20, 20), generator()
+    for _ in range(2000):
+        sample, other = ReservoirSample(5, keys), ReservoirSample(5, keys)
+        for start, stop in ((0, 1), (1, 8), (8, 10), (10, 20)):
+            (other if merged and start >= 8 else sample).update(numbered(stop - start, start))
+        drawn = sample.merge(other).rows[:, 0].long()
+        counts[drawn] += 1
+        pairs[drawn[:, None], drawn] += 1
+    assert (counts - 500).abs().max() < 5 * (2000 * 0.25 * 0.75) ** 0.5
+    expected = 2000 * 5 * 4 / (20 * 19)
+    assert (pairs - pairs.diag().diag() - expected * (1 - torch.eye(20))).abs().max() < 5 * expected**0.5
+
+
+def test_a_sample_of_any_float_type_is_a_copy():
+    rows = torch.randn(4, 3, dtype=torch.bfloat16).requires_grad_()
+    sample = ReservoirSample(9, generator()).update(rows)
+    assert torch.equal(sample.rows, rows.detach().float()) and not sample.rows.requires_grad
+    sample.update(torch.zeros(100, 3))
+    assert len(sample) == 9
+
+
+def test_what_does_not_fit_a_sample_is_named():
+    with pytest.raises(ValueError, match="capacity=0"):
+        ReservoirSample(0, generator())
+    with pytest.raises(ValueError, match=r"\(N, D\), got \(3,\)"):
+        ReservoirSample(4, generator()).update(torch.zeros(3))
+    with pytest.raises(ValueError, match=r"\(N, 2\), got \(3, 5\)"):
+        ReservoirSample(4, generator()).update(torch.zeros(1, 2)).update(torch.zeros(3, 5))
+
+
+# ------------------------------------------------------------------------------------------------------------- k-means
+
+
+def nearest(vectors: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
+    return torch.cdist(vectors, centres).argmin(1)
+
+
+def squared_error(vectors: torch.Tensor, centres: torch.Tensor) -> float:
+    return torch.cdist(vectors.double(), centres.double()).amin(1).square().sum().item()
+
+
+def blobs(num_clusters: int, size: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    centres = 30 * torch.randn(num_clusters, 4, generator=generator(seed))
+    noise = torch.randn(num_clusters * size, 4, generator=generator(seed + 1))
+    return centres, centres.repeat(size, 1) + 0.05 * noise
+
+
+def test_cluster_sums_are_those_of_a_loop(monkeypatch):
+    monkeypatch.setattr("dinotok.statistics._CHUNK", 7)
+    vectors, indices = torch.randn(30, 3, generator=generator()), torch.randint(5, (30,), generator=generator())
+    counts, sums = cluster_sums(vectors, indices, 6)
+    for cluster in range(6):
+        assert counts[cluster] == (indices == cluster).sum()
+        torch.testing.assert_close(sums[cluster], vectors[indices == cluster].double().sum(0))
+
+
+def test_kmeans_finds_separated_clusters():
+    centres, vectors = blobs(8, 40)
+    found = kmeans(vectors, 8, nearest, generator(), plus_plus=True)
+    assert found.shape == (8, 4) and found.dtype == torch.float32
+    means = vectors.view(40, 8, 4).mean(0)
+    torch.testing.assert_close(found[nearest(centres, found)], means, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("plus_plus", [False, True])
+def test_every_iteration_of_kmeans_lowers_the_error_and_the_end_is_a_fixed_point(plus_plus):
+    vectors = torch.randn(300, 3, generator=generator())
+    errors = [
+        squared_error(vectors, kmeans(vectors, 20, nearest, generator(1), iterations, plus_plus))
+        for iterations in range(12)
+    ]
+    assert all(after <= before * (1 + 1e-5) for before, after in zip(errors, errors[1:], strict=False))
+    assert errors[-1] < 0.9 * errors[0]
+    centres = kmeans(vectors, 20, nearest, generator(1), 1000, plus_plus)
+    counts, sums = cluster_sums(vectors, nearest(vectors, centres), 20)
+    torch.testing.assert_close((sums / counts[:, None]).float(), centres, rtol=1e-5, atol=1e-5)
+
+
+@settings(max_examples=30, deadline=None)
+@given(distinct=st.integers(1, 12), clusters=st.integers(1, 12), seed=st.integers(0, 1000))
+def test_no_centre_is_wasted_while_there_are_distinct_rows(distinct, clusters, seed):
+    """A few rows, most of them copies of one: random starts waste nearly every centre on the copies."""
+    values = torch.randn(distinct, 2, generator=generator(seed))
+    vectors = torch.cat([values, values[:1].expand(40, 2)])
+    centres = kmeans(vectors, clusters, nearest, generator(seed))
+    used = len(nearest(vectors, centres).unique())
+    assert used == min(distinct, clusters)
+    if clusters >= distinct:
+        assert squared_error(vectors, centres) < 1e-6
+
+
+def test_moved_centres_go_where_the_error_is():
+    vectors = torch.cat([torch.zeros(200, 2), torch.tensor([[1e-3, 0.0], [50.0, 50.0]])])
+    hits = 0
+    for seed in range(20):
+        centres = kmeans(vectors, 2, nearest, generator(seed))
+        hits += squared_error(vectors, centres) < 1e-3
+    assert hits >= 19
+
+
+def test_positions_are_drawn_by_weight_and_evenly_where_there_is_none():
+    weights, source = torch.tensor([0.0, 1.0, 3.0, 0.0]), generator()
+    drawn = torch.stack([_draw(weights, 4, source) for _ in range(1000)])
+    assert (drawn.sort(1).values == torch.arange(4)).all()
+    assert (drawn[:, 0] == 2).float().mean().item() == pytest.approx(0.75, abs=0.07)
+    assert (drawn[:, 2] == 0).float().mean().item() == pytest.approx(0.5, abs=0.08)  # those without weight come last
+
+
+def test_a_better_start_gives_a_better_end():
+    _, vectors = blobs(16, 20)
+    ends = {
+        plus_plus: [
+            squared_error(vectors, kmeans(vectors, 16, nearest, generator(seed), 50, plus_plus)) for seed in range(15)
+        ]
+        for plus_plus in (False, True)
+    }
+    assert sum(ends[True]) < 0.7 * sum(ends[False])
+
+
+def test_kmeans_needs_as_many_rows_as_clusters():
+    for plus_plus in (False, True):
+        assert len(kmeans(torch.randn(5, 2), 5, nearest, generator(), plus_plus=plus_plus).unique(dim=0)) == 5
+        with pytest.raises(ValueError, match="4 rows cannot fill 5 clusters"):
+            kmeans(torch.randn(4, 2), 5, nearest, generator(), plus_plus=plus_plus)
+
+
+# ----------------------------------------------------------------------------------------------------------- processes
+
+
+def _merge_with_the_other(rank: int, queue, address: str) -> None:
     torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
     moments = StreamingMoments(4, 2).update(rows(60, 4, 11)[rank::2], rows(60, 2, 12)[rank::2]).all_reduce()
-    queue.put((moments.count, moments.mean.tolist(), moments.covariance.tolist(), moments.ridge()[0].tolist()))
+    sample = ReservoirSample(8, generator(rank)).update(numbered(30, 100 * rank)).all_gather()
+    lopsided = ReservoirSample(8, generator(rank))
+    if rank == 1:
+        lopsided.update(numbered(5))
+    lopsided.all_gather()
+    nothing = ReservoirSample(8, generator(rank)).all_gather()
+    queue.put(
+        {
+            "moments": (
+                moments.count,
+                moments.mean.tolist(),
+                moments.covariance.tolist(),
+                moments.ridge()[0].tolist(),
+            ),
+            "samples": (sample.rows.tolist(), lopsided.rows.tolist(), len(nothing)),
+        }
+    )
     torch.distributed.destroy_process_group()
 
 
-def test_two_processes_end_with_the_statistics_of_one(tmp_path):
+def test_two_processes_end_with_the_statistics_and_the_sample_of_one(tmp_path):
     context = torch.multiprocessing.get_context("spawn")
     queue = context.Queue()
     address = f"file://{tmp_path / 'rendezvous'}"
-    workers = [context.Process(target=_moments_of_my_share, args=(rank, queue, address)) for rank in range(2)]
+    workers = [context.Process(target=_merge_with_the_other, args=(rank, queue, address)) for rank in range(2)]
     for worker in workers:
         worker.start()
     results = [queue.get(timeout=60) for _ in workers]
     for worker in workers:
         worker.join()
     assert results[0] == results[1]
+    count, mean, covariance, weight = results[0]["moments"]
     one = StreamingMoments(4, 2).update(rows(60, 4, 11), rows(60, 2, 12))
-    assert results[0][0] == 60
-    np.testing.assert_allclose(results[0][1], one.mean)
-    np.testing.assert_allclose(results[0][2], one.covariance)
-    np.testing.assert_allclose(results[0][3], one.ridge()[0])
+    assert count == 60
+    np.testing.assert_allclose(mean, one.mean)
+    np.testing.assert_allclose(covariance, one.covariance)
+    np.testing.assert_allclose(weight, one.ridge()[0])
+    sample, lopsided, nothing = results[0]["samples"]
+    merged = ReservoirSample(8, generator(0)).update(numbered(30))
+    merged.merge(ReservoirSample(8, generator(1)).update(numbered(30, 100)))
+    assert sorted(sample) == sorted(merged.rows.tolist())
+    assert 0 < sum(row[0] >= 100 for row in sample) < 8
+    assert sorted(lopsided) == numbered(5).tolist() and nothing == 0
+
+
+def test_reduced_rank_regression_is_eckart_young_on_the_predictions():
+    """Without penalty, the error beyond least squares is what the dropped singular values hold; full rank drops none."""
+    x, y = rows(300, 6, 20, 2.0), rows(300, 6, 21) @ rows(6, 5, 22)
+    y = y + x @ rows(6, 5, 23)
+    moments = StreamingMoments(6, 5).update(x[:100], y[:100]).update(x[100:], y[100:])
+    x, y = x - x.mean(0), y - y.mean(0)
+    fitted = x @ torch.linalg.lstsq(x, y).solution
+    least = (y - fitted).square().sum()
+    spectrum = torch.linalg.svdvals(fitted)
+    for rank in (1, 3, 5):
+        projection, weight = moments.reduced_rank_regression(rank, alpha=0.0)
+        assert projection.shape == (6, rank) and weight.shape == (rank, 5)
+        error = (y - x @ projection @ weight).square().sum()
+        torch.testing.assert_close(error, least + spectrum[rank:].square().sum(), rtol=1e-8, atol=1e-8)
+        torch.testing.assert_close(weight @ weight.T, torch.eye(rank, dtype=torch.float64))

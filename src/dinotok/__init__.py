@@ -8,8 +8,13 @@ __version__ = "0.1.0"
 _LOCATIONS = {
     "AutoencoderDINOTok": "models.autoencoder_dinotok",
     "EncoderUnavailableError": "models.encoders",
+    "FiniteScalarQuantizer": "models.finite_scalar_quantizer",
     "FrozenEncoder": "models.encoders",
+    "DominantSubspaceQuantizer": "models.quantizers",
     "ImageProcessor": "image_processor",
+    "QuantizerOutput": "models.quantizers",
+    "VQModelDINOTok": "models.vq_model_dinotok",
+    "VectorQuantizer": "models.quantizers",
     "config_path": "configs",
 }
 
@@ -21,6 +26,11 @@ if TYPE_CHECKING:
     from .models.autoencoder_dinotok import AutoencoderDINOTok as AutoencoderDINOTok
     from .models.encoders import EncoderUnavailableError as EncoderUnavailableError
     from .models.encoders import FrozenEncoder as FrozenEncoder
+    from .models.finite_scalar_quantizer import FiniteScalarQuantizer as FiniteScalarQuantizer
+    from .models.quantizers import DominantSubspaceQuantizer as DominantSubspaceQuantizer
+    from .models.quantizers import QuantizerOutput as QuantizerOutput
+    from .models.quantizers import VectorQuantizer as VectorQuantizer
+    from .models.vq_model_dinotok import VQModelDINOTok as VQModelDINOTok
 
 
 def __getattr__(name: str) -> Any:

@@ -1,28 +1,34 @@
-"""Buffers that keep float32 whatever precision the model around them runs in."""
+"""State that keeps float32 whatever precision the model around it runs in."""
 
 import torch
 from torch import nn
 
 
-class Float32Buffers(nn.Module):
-    """A module whose float32 buffers follow the model's device but never its dtype.
+class Float32Module(nn.Module):
+    """A module whose float32 buffers and parameters follow the model's device but never its dtype.
 
-    Statistics (means, standard deviations, principal directions, code books) lose more from a cast to bfloat16 than
+    Statistics (means, standard deviations, principal directions) and codebooks lose more from a cast to bfloat16 than
     the network around them does, and the loss is permanent. `model.to(torch.bfloat16)`, `model.half()` and the like
-    therefore leave them alone; callers cast the result of a computation, not its constants.
+    therefore leave them alone; callers cast the result of a computation, not its constants. `from_pretrained` does the
+    same for what a model lists in `_keep_in_fp32_modules`.
     """
 
     def _apply(self, fn, recurse=True):
-        before = dict(self._buffers)
+        buffers = dict(self._buffers)
+        parameters = {name: parameter.data for name, parameter in self._parameters.items() if parameter is not None}
         super()._apply(fn, recurse)
         for name, buffer in self._buffers.items():
-            old = before[name]
+            old = buffers[name]
             if buffer is not None and old is not None and old.dtype == torch.float32 != buffer.dtype:
                 self._buffers[name] = old.to(device=buffer.device)
+        for name, data in parameters.items():
+            parameter = self._parameters[name]
+            if parameter is not None and data.dtype == torch.float32 != parameter.dtype:
+                parameter.data = data.to(device=parameter.device)
         return self
 
 
-class ChannelAffine(Float32Buffers):
+class ChannelAffine(Float32Module):
     """Normalise `(B, C, h, w)` per channel with fixed statistics, computed in float32.
 
     Args:

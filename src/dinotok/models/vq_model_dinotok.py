@@ -1,0 +1,350 @@
+"""DINO-Tok-VQ: one codebook for meaning, in a dominant subspace, and one for texture (arXiv 2511.20565)."""
+
+from collections.abc import Iterable
+from typing import Any, Self
+
+import torch
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.autoencoders.vae import DecoderOutput
+from diffusers.models.modeling_utils import ModelMixin  # noqa: F401  diffusers looks for this name when it loads us
+from diffusers.utils.accelerate_utils import apply_forward_hook
+
+from ..statistics import ReservoirSample, StreamingMoments
+from .autoencoder_dinotok import AutoencoderDINOTok
+from .quantizers import (
+    DominantSubspaceQuantizer,
+    QuantizerOutput,
+    VectorQuantizer,
+    broadcast_state,
+    straight_through,
+)
+from .tokenizer_model import channels_last_rows
+
+
+class VQModelDINOTok(AutoencoderDINOTok):
+    """Discrete image tokenizer on a frozen DINO: `AutoencoderDINOTok` with its two parts quantized.
+
+    The semantic codebook lives in the dominant subspace of the deep features, the texture codebook in the texture
+    channels; a position has one index of each, semantic first. `encode` gives continuous latents as the autoencoder
+    does, `quantize` turns them to codes; `decode` takes either. Tiled encoding blends the latents of overlapping tiles
+    first and quantizes them once, so indices are well defined there too.
+
+    Args:
+        encoder_config: As in `AutoencoderDINOTok`, and so are all arguments that are not listed here.
+        semantic_codebook_size: Codes for the deep part; the paper has 16,384.
+        texture_codebook_size: Codes for the texture part; 0 turns it off: one index per position, and the decoder sees
+            the mean texture.
+        joint_codebook: The control: a single codebook, of `semantic_codebook_size`, on both parts together. Its
+            subspace is that of the normalised latents, since the parts have different units; so `fit` it again when
+            the latents' statistics change.
+        rank: Dimensions of the dominant subspace; `None` for all.
+        eigenvalue_power: See `DominantSubspaceQuantizer`.
+        cosine: Compare directions in the dominant subspace instead of distances.
+        commitment_weight: Of the commitment loss.
+        ema_decay: Of the semantic codebook's moving averages.
+
+    Raises:
+        ValueError: If a number does not fit the others.
+    """
+
+    _keep_in_fp32_modules = ["decoder_input", "semantic_quantizer", "texture_quantizer"]
+
+    semantic_quantizer: DominantSubspaceQuantizer
+    texture_quantizer: VectorQuantizer
+
+    @register_to_config
+    def __init__(
+        self,
+        encoder_config: dict[str, Any],
+        semantic_codebook_size: int = 16384,
+        texture_codebook_size: int = 16384,
+        joint_codebook: bool = False,
+        rank: int | None = 64,
+        eigenvalue_power: float = 0.0,
+        cosine: bool = False,
+        commitment_weight: float = 0.25,
+        ema_decay: float = 0.99,
+        image_mean: list[float] | None = None,
+        image_std: list[float] | None = None,
+        patch_size: int = 16,
+        shallow_layer: int = 0,
+        texture_channels: int = 64,
+        deep_layers: int = 1,
+        block_out_channels: tuple[int, ...] = (128, 128, 256, 256, 512),
+        layers_per_block: int = 2,
+        norm_num_groups: int = 32,
+        mid_block_add_attention: bool = True,
+        latent_channels: int | None = None,
+        latents_mean: list[float] | None = None,
+        latents_std: list[float] | None = None,
+        scaling_factor: float = 1.0,
+        shift_factor: float = 0.0,
+        force_upcast: bool = False,
+        encoder_repository: str | None = None,
+        encoder_revision: str | None = None,
+        encoder_digest: str | None = None,
+    ):
+        super().__init__(
+            encoder_config=encoder_config,
+            image_mean=image_mean,
+            image_std=image_std,
+            patch_size=patch_size,
+            shallow_layer=shallow_layer,
+            texture_channels=texture_channels,
+            deep_layers=deep_layers,
+            block_out_channels=block_out_channels,
+            layers_per_block=layers_per_block,
+            norm_num_groups=norm_num_groups,
+            mid_block_add_attention=mid_block_add_attention,
+            latent_channels=latent_channels,
+            latents_mean=latents_mean,
+            latents_std=latents_std,
+            scaling_factor=scaling_factor,
+            shift_factor=shift_factor,
+            force_upcast=force_upcast,
+            encoder_repository=encoder_repository,
+            encoder_revision=encoder_revision,
+            encoder_digest=encoder_digest,
+        )
+        self.joint_codebook = joint_codebook
+        self.has_texture_codebook = bool(texture_codebook_size and texture_channels and not joint_codebook)
+        channels = self.latent_channels if joint_codebook else self.deep_channels
+        self.semantic_quantizer = DominantSubspaceQuantizer(
+            channels, semantic_codebook_size, rank, eigenvalue_power, cosine, ema_decay
+        )
+        if self.has_texture_codebook:
+            self.texture_quantizer = VectorQuantizer(texture_codebook_size, texture_channels, commitment_weight)
+        self.num_codebooks = 1 + self.has_texture_codebook
+
+    @classmethod
+    def from_autoencoder(cls, autoencoder: AutoencoderDINOTok, **config) -> Self:
+        """Start from a fitted or trained autoencoder: its encoder, projection, decoder and latent statistics.
+
+        Args:
+            autoencoder: Its weights are copied.
+            **config: `semantic_codebook_size`, `texture_codebook_size`, `rank`, ...: what this class adds.
+
+        Returns:
+            A tokenizer whose codebooks are still to be found, by `fit`.
+        """
+        shared = {key: value for key, value in autoencoder.config.items() if not key.startswith("_")}
+        model = cls(**{**shared, **config})
+        model.to(autoencoder.device)
+        report = model.load_state_dict(autoencoder.state_dict(), strict=False)
+        missing = [key for key in report.missing_keys if "_quantizer." not in key]
+        if missing or report.unexpected_keys:
+            raise ValueError(f"The autoencoder does not fit: {(missing + report.unexpected_keys)[0]!r}.")
+        if autoencoder.dtype != model.dtype:
+            model.to(autoencoder.dtype)
+        return model.train(autoencoder.training)
+
+    # -------------------------------------------------------------------------------------------------- quantizing
+
+    @property
+    def codebook_sizes(self) -> dict[str, int]:
+        """Codes of every codebook by name, in the order of the indices."""
+        if self.joint_codebook:
+            return {"joint": self.semantic_quantizer.codebook_size}
+        sizes = {"semantic": self.semantic_quantizer.codebook_size}
+        return {**sizes, "texture": self.texture_quantizer.codebook_size} if self.has_texture_codebook else sizes
+
+    @apply_forward_hook
+    def quantize(self, latents: torch.Tensor) -> QuantizerOutput:
+        """Replace normalised latents by codes.
+
+        Args:
+            latents: `(B, latent_channels, h, w)`, from `encode`.
+
+        Returns:
+            `.latents` of the same shape and the model's dtype, exactly `indices_to_latents(.indices)`; the gradient
+            goes straight through. `.indices` `(B, num_codebooks, h, w)` int64, semantic first. `.loss`, that of the
+            texture codebook where there is one: the semantic codebook on a frozen encoder has nothing to train, and
+            `update_codebook` moves it.
+
+        Raises:
+            ValueError: If the shape is another.
+        """
+        if latents.ndim != 4 or latents.shape[1] != self.latent_channels:
+            raise ValueError(f"Latents must have shape (B, {self.latent_channels}, h, w), got {tuple(latents.shape)}.")
+        deep, texture = self._parts(latents)
+        semantic = self.semantic_quantizer(deep)
+        if not self.has_texture_codebook:
+            indices, loss = semantic.indices[:, None], self.config.commitment_weight * semantic.loss
+            quantized = straight_through(latents, self._join(semantic.latents, None))
+            return QuantizerOutput(quantized, indices, loss, commitment_loss=semantic.loss)
+        fine = self.texture_quantizer(texture)
+        indices = torch.stack([semantic.indices, fine.indices], 1)
+        quantized = straight_through(latents, self._join(semantic.latents, fine.latents))
+        return QuantizerOutput(quantized, indices, fine.loss, fine.codebook_loss, fine.commitment_loss)
+
+    def encode_to_indices(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Return the indices of pictures.
+
+        Args:
+            pixels: `(B, 3, H, W)` in [-1, 1]; H and W multiples of `patch_size`.
+
+        Returns:
+            `(B, num_codebooks, H / patch_size, W / patch_size)` int64, semantic first.
+        """
+        return self.quantize(self.encode(pixels).latent).indices
+
+    @apply_forward_hook
+    def indices_to_latents(self, indices: torch.Tensor) -> torch.Tensor:
+        """Return the normalised latents of indices: what `quantize` gave with them.
+
+        Args:
+            indices: `(B, num_codebooks, h, w)` integers.
+
+        Returns:
+            `(B, latent_channels, h, w)` in the model's dtype, ready for `decode`.
+
+        Raises:
+            ValueError: If the shape is another or an index is outside its codebook.
+        """
+        if indices.ndim != 4 or indices.shape[1] != self.num_codebooks:
+            raise ValueError(f"Indices must have shape (B, {self.num_codebooks}, h, w), got {tuple(indices.shape)}.")
+        semantic = self.semantic_quantizer.indices_to_latents(indices[:, 0])
+        texture = self.texture_quantizer.indices_to_latents(indices[:, 1]) if self.has_texture_codebook else None
+        return self._join(semantic, texture)
+
+    def code_distances(self, latents: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        """Return how far latents are from codes, as each codebook's look-up measures it.
+
+        Args:
+            latents: `(B, latent_channels, h, w)`, from `encode`.
+            indices: `(B, num_codebooks, h, w)`, such as `quantize(latents).indices`.
+
+        Returns:
+            Squared distances, `(B, num_codebooks, h, w)`.
+        """
+        deep, texture = self._parts(latents)
+        distances = [self.semantic_quantizer.code_distances(deep, indices[:, 0])]
+        if self.has_texture_codebook:
+            distances.append(self.texture_quantizer.code_distances(texture, indices[:, 1]))
+        return torch.stack(distances, 1)
+
+    def forward(self, sample: torch.Tensor, return_dict: bool = True) -> DecoderOutput | tuple[torch.Tensor, ...]:
+        """Return the reconstruction of pixels from their codes, `commit_loss` being the quantizers' loss.
+
+        In every mode this equals `decode(indices_to_latents(encode_to_indices(sample)))`.
+        """
+        quantized = self.quantize(self.encode(sample, return_dict=False)[0])
+        decoded = self.decode(quantized.latents, return_dict=False)[0]
+        return DecoderOutput(sample=decoded, commit_loss=quantized.loss) if return_dict else (decoded,)
+
+    def update_codebook(self, latents: torch.Tensor) -> int:
+        """Move the semantic codebook towards the latents of a training batch; see `DominantSubspaceQuantizer`.
+
+        Args:
+            latents: `(B, latent_channels, h, w)`, from `encode`.
+
+        Returns:
+            How many dead codes were moved.
+        """
+        return self.semantic_quantizer.update_codebook(self._parts(latents)[0])
+
+    def _parts(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the two quantizers see, float32: features in their own units, where distances mean something."""
+        if self.joint_codebook:
+            return latents.float(), latents[:, :0].float()
+        features = self.latents_affine.denormalize(latents)
+        return features[:, : self.deep_channels], features[:, self.deep_channels :]
+
+    def _join(self, semantic: torch.Tensor, texture: torch.Tensor | None) -> torch.Tensor:
+        """The inverse of `_parts`: latents in the model's dtype and one memory format, so that they decode equally."""
+        if not self.joint_codebook:
+            if texture is None:
+                mean = self.latents_mean[self.deep_channels :, None, None]
+                texture = mean.expand(semantic.shape[0], -1, *semantic.shape[2:])
+            semantic = self.latents_affine.normalize(torch.cat([semantic, texture], 1))
+        return semantic.to(self.dtype).contiguous()
+
+    # ------------------------------------------------------------------------------------------- closed-form start
+
+    @torch.no_grad()
+    def fit(  # type: ignore[override]  # what AutoencoderDINOTok.fit finds is there already
+        self,
+        batches: Iterable[torch.Tensor],
+        *,
+        generator: torch.Generator | None = None,
+        max_tokens: int = 262144,
+        num_iterations: int = 20,
+    ) -> Self:
+        """Find the dominant subspace and both codebooks, in one pass over pictures.
+
+        The subspace is the PCA of all features seen; the codebooks are k-means centres of a uniform sample of them.
+        The rest of the model, which comes from an autoencoder, stays. Under `torch.distributed` every process passes
+        its share and all end with the same codebooks.
+
+        Args:
+            batches: An iterable of `(B, 3, H, W)` pixels in [-1, 1]; sizes may differ between batches.
+            generator: For the sample and the start of k-means; on the CPU. Seed 0 by default.
+            max_tokens: Size of the sample, which is kept in CPU memory: `4 * latent_channels` bytes each.
+            num_iterations: Of k-means.
+
+        Returns:
+            The model.
+
+        Raises:
+            ValueError: If a batch is not of that form, or there are fewer tokens than codes.
+        """
+        latents = (self.encode(pixels).latent for pixels in self._pixel_batches(batches))
+        return self.fit_codebooks(latents, generator=generator, max_tokens=max_tokens, num_iterations=num_iterations)
+
+    @torch.no_grad()
+    def fit_codebooks(
+        self,
+        latents: Iterable[torch.Tensor],
+        *,
+        generator: torch.Generator | None = None,
+        max_tokens: int = 262144,
+        num_iterations: int = 20,
+    ) -> Self:
+        """Do what `fit` does, from latents that are computed already.
+
+        Args:
+            latents: An iterable of `(B, latent_channels, h, w)`, as `encode` returns them.
+            generator: As in `fit`, and so are the others.
+            max_tokens: Likewise.
+            num_iterations: Likewise.
+
+        Returns:
+            The model.
+
+        Raises:
+            ValueError: If there are fewer tokens than codes.
+        """
+        quantizers: list[DominantSubspaceQuantizer | VectorQuantizer] = [self.semantic_quantizer]
+        if self.has_texture_codebook:
+            quantizers.append(self.texture_quantizer)
+        codes = max(quantizer.codebook_size for quantizer in quantizers)
+        if max_tokens < codes:
+            raise ValueError(f"max_tokens={max_tokens} is less than the {codes} codes of a codebook.")
+        generator = torch.Generator().manual_seed(0) if generator is None else generator
+        moments, sample = self._collect(latents, max_tokens, generator)
+        if len(sample) < codes:
+            raise ValueError(f"fit saw {len(sample)} tokens; at least one for each of the {codes} codes is needed.")
+        channels = self.semantic_quantizer.channels
+        digest = self.config.encoder_digest or self.encoder.digest()
+        self.semantic_quantizer.set_pca(moments.pca(), moments.count, digest)
+        self.semantic_quantizer.fit(sample.rows[:, :channels], generator, num_iterations)
+        if self.has_texture_codebook:
+            self.texture_quantizer.fit(sample.rows[:, channels:], generator, num_iterations)
+        for quantizer in quantizers:
+            broadcast_state(quantizer)
+        return self
+
+    def _collect(
+        self, batches: Iterable[torch.Tensor], max_tokens: int, generator: torch.Generator
+    ) -> tuple[StreamingMoments, ReservoirSample]:
+        """Moments of what the semantic quantizer sees, and a sample of what both see, over all processes."""
+        seed = int(torch.randint(2**62, (1,), generator=generator))
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            seed += torch.distributed.get_rank()
+        sample = ReservoirSample(max_tokens, torch.Generator().manual_seed(seed))
+        moments = StreamingMoments(self.semantic_quantizer.channels)
+        for latents in batches:
+            semantic, texture = self._parts(latents.to(self.device))
+            moments.update(channels_last_rows(semantic))
+            sample.update(channels_last_rows(torch.cat([semantic, texture], 1)))
+        return moments.all_reduce(), sample.all_gather()
