@@ -33,7 +33,7 @@ def change_config(folder, **values):
 
 def test_the_class_comes_from_the_config(folder):
     assert tokenizer_classes()["AutoencoderDINOTok"] is AutoencoderDINOTok
-    model = load_tokenizer(str(folder), torch_dtype=torch.bfloat16)
+    model = load_tokenizer(str(folder), dtype=torch.bfloat16)
     assert type(model) is AutoencoderDINOTok and model.dtype == torch.bfloat16 and not model.training
 
 

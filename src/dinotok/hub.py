@@ -38,11 +38,13 @@ class TokenizerFiles:
         """The commit, or for a folder, which has none, its digest."""
         return self.commit or self.digest
 
-    def load(self, torch_dtype: torch.dtype | None = None) -> TokenizerModel:
+    def load(self, dtype: torch.dtype | None = None, encoder: str | None = None) -> TokenizerModel:
         """Load the tokenizer, in evaluation mode.
 
         Args:
-            torch_dtype: Of the weights; by default float32.
+            dtype: Of the weights; by default float32.
+            encoder: Folder or repository of the frozen encoder, for a tokenizer saved without it; by default the one
+                that its config names.
 
         Returns:
             A model of the class that the config names.
@@ -52,7 +54,8 @@ class TokenizerFiles:
             ValueError: If the weights do not fit the config.
             OSError: If files are damaged.
         """
-        return tokenizer_classes()[self.class_name].from_pretrained(self.folder, torch_dtype=torch_dtype).eval()
+        tokenizer_class = tokenizer_classes()[self.class_name]
+        return tokenizer_class.from_pretrained(self.folder, encoder=encoder, dtype=dtype).eval()
 
 
 def tokenizer_classes() -> dict[str, type[TokenizerModel]]:
@@ -96,14 +99,18 @@ def find_tokenizer(name_or_path: str, revision: str | None = None) -> TokenizerF
 
 
 def load_tokenizer(
-    name_or_path: str, revision: str | None = None, torch_dtype: torch.dtype | None = None
+    name_or_path: str,
+    revision: str | None = None,
+    dtype: torch.dtype | None = None,
+    encoder: str | None = None,
 ) -> TokenizerModel:
     """Load a tokenizer whose class is not known.
 
     Args:
         name_or_path: A folder that `save_pretrained` wrote, or a repository such as `user/tokenizer`.
         revision: Branch, tag or commit of the repository.
-        torch_dtype: Of the weights; by default float32.
+        dtype: Of the weights; by default float32.
+        encoder: Folder or repository of the frozen encoder, for a tokenizer saved without it.
 
     Returns:
         A model of the class that its `config.json` names, in evaluation mode.
@@ -112,7 +119,7 @@ def load_tokenizer(
         OSError: If there is no such folder or repository, or it cannot be reached.
         ValueError: If it does not hold one of dinotok's tokenizers, or its weights do not fit its config.
     """
-    return find_tokenizer(name_or_path, revision).load(torch_dtype)
+    return find_tokenizer(name_or_path, revision).load(dtype, encoder)
 
 
 def folder_digest(folder: str | os.PathLike[str]) -> str:

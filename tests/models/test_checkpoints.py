@@ -2,17 +2,20 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import load_file, save_file
 
 from dinotok import AutoencoderDINOTok, EncoderUnavailableError
-from tests.conftest import TINY_DECODER, random_pixels, randomize, tiny_autoencoder
+from tests.conftest import TINY_DECODER, random_pixels, randomize, save_tiny_encoder, tiny_autoencoder
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -20,17 +23,6 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 @pytest.fixture
 def encoder_folder(tmp_path):
     return save_tiny_encoder(tmp_path / "encoder", seed=5)
-
-
-def save_tiny_encoder(folder, seed: int, family: str = "dinov3_vit"):
-    from transformers import AutoConfig, AutoModel
-
-    from tests.conftest import TINY_ENCODERS
-
-    torch.manual_seed(seed)
-    AutoModel.from_config(AutoConfig.for_model(**TINY_ENCODERS[family])).save_pretrained(folder)
-    (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5] * 3, "image_std": [0.25] * 3}))
-    return folder
 
 
 def from_encoder(folder) -> AutoencoderDINOTok:
@@ -84,6 +76,7 @@ def test_sharded_and_variant_checkpoints_supersede_their_own_kind_only(tmp_path)
 
 def test_without_the_encoder_it_is_fetched_checked_and_equal(tmp_path, encoder_folder):
     model = from_encoder(encoder_folder)
+    assert not model.training
     model.save_pretrained(tmp_path / "slim", include_encoder=False)
     assert not any(key.startswith("encoder.") for key in load_file(tmp_path / "slim" / WEIGHTS))
     assert "encoder" in dict(model.named_children())  # saving changed nothing
@@ -100,6 +93,40 @@ def test_the_encoder_comes_from_the_repository_in_the_config(tmp_path, encoder_f
     model.register_to_config(encoder_repository=str(encoder_folder))  # a folder stands in for a Hub repository
     model.save_pretrained(tmp_path / "slim", include_encoder=False)
     assert same(AutoencoderDINOTok.from_pretrained(tmp_path / "slim"), model)
+
+
+def cache_on_hub(folder, cache, repository: str, commit: str) -> None:
+    """Lay a folder out as the Hub's cache does after a download of branch `main`."""
+    root = cache / f"models--{repository.replace('/', '--')}"
+    shutil.copytree(folder, root / "snapshots" / commit)
+    (root / "refs").mkdir()
+    (root / "refs" / "main").write_text(commit)
+
+
+def test_hub_arguments_reach_the_encoder_and_its_commit_is_kept(tmp_path, encoder_folder):
+    cache, commit = tmp_path / "cache", "0123456789" * 4
+    cache_on_hub(encoder_folder, cache, "someone/vit", commit)
+    hub = {"cache_dir": str(cache), "local_files_only": True}
+    model = AutoencoderDINOTok.from_encoder("someone/vit", texture_channels=8, **TINY_DECODER, **hub)
+    assert (model.config.encoder_repository, model.config.encoder_revision) == ("someone/vit", commit)
+    model.save_pretrained(tmp_path / "slim", include_encoder=False)
+    assert same(AutoencoderDINOTok.from_pretrained(tmp_path / "slim", **hub), model)
+    with pytest.raises(EncoderUnavailableError, match="'someone/vit' at revision '0123456789"):
+        AutoencoderDINOTok.from_pretrained(tmp_path / "slim", cache_dir=str(tmp_path / "empty"), local_files_only=True)
+
+
+def test_an_encoder_for_a_checkpoint_that_has_one_is_refused(tmp_path, encoder_folder):
+    from_encoder(encoder_folder).save_pretrained(tmp_path / "whole")
+    with pytest.raises(ValueError, match="was passed, but the checkpoint has its own encoder"):
+        AutoencoderDINOTok.from_pretrained(tmp_path / "whole", encoder=encoder_folder)
+
+
+def test_a_models_config_rebuilds_it_with_its_statistics():
+    """diffusers takes what the constructor was not given for a default, and leaves it out."""
+    model = tiny_autoencoder().fit([random_pixels(8, 3, 48, 32, seed=s) for s in range(2)])
+    rebuilt = AutoencoderDINOTok.from_config(model.config).eval()
+    rebuilt.load_state_dict(model.state_dict())
+    assert same(rebuilt, model)
 
 
 def test_another_encoder_is_refused(tmp_path, encoder_folder):
@@ -152,6 +179,10 @@ def test_missing_extra_and_non_finite_weights_are_named(tmp_path):
     with pytest.raises(ValueError, match="NaN or infinite values, first in 'linear_decoder.weight'"):
         AutoencoderDINOTok.from_pretrained(tmp_path)
     model.save_pretrained(tmp_path)
+    rewrite(tmp_path, lambda weights: weights["decoder_input.std"].fill_(torch.inf))
+    with pytest.raises(ValueError, match="NaN or infinite values, first in 'decoder_input.std'"):
+        AutoencoderDINOTok.from_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)
     rewrite(tmp_path, lambda weights: weights.update({"linear_decoder.bias": torch.zeros(3)}))
     with pytest.raises((ValueError, RuntimeError), match="linear_decoder.bias|shape"):
         AutoencoderDINOTok.from_pretrained(tmp_path)
@@ -162,6 +193,19 @@ def test_one_missing_encoder_tensor_is_not_taken_for_a_checkpoint_without_encode
     rewrite(tmp_path, lambda weights: weights.pop("encoder.model.norm.weight"))
     with pytest.raises(ValueError, match="1 missing keys, first 'encoder.model.norm.weight'"):
         AutoencoderDINOTok.from_pretrained(tmp_path)
+
+
+def test_a_damaged_encoder_is_named(tmp_path, encoder_folder):
+    from_encoder(encoder_folder).save_pretrained(tmp_path / "slim", include_encoder=False)
+    weights = load_file(encoder_folder / "model.safetensors")
+    weights["norm.weight"][0] = torch.nan
+    save_file(weights, encoder_folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="NaN or infinite values, first in 'norm.weight'"):
+        from_encoder(encoder_folder)
+    data = (encoder_folder / "model.safetensors").read_bytes()
+    (encoder_folder / "model.safetensors").write_bytes(data[:-50])
+    with pytest.raises(EncoderUnavailableError, match=f"{encoder_folder}' cannot be loaded"):
+        AutoencoderDINOTok.from_pretrained(tmp_path / "slim", encoder=encoder_folder)
 
 
 @pytest.mark.parametrize("keep", [4, 100, -50])
@@ -206,6 +250,19 @@ def test_a_failed_save_leaves_the_old_checkpoint(tmp_path, monkeypatch):
         randomize(tiny_autoencoder(), seed=3).save_pretrained(tmp_path / "model")
     assert os.listdir(tmp_path) == ["model"]
     assert same(AutoencoderDINOTok.from_pretrained(tmp_path / "model"), model)
+
+
+def test_the_config_comes_last_and_from_the_main_process_only(tmp_path, monkeypatch):
+    moved = []
+    replace = os.replace
+    monkeypatch.setattr(
+        "os.replace", lambda source, target: (moved.append(os.path.basename(target)), replace(source, target))
+    )
+    model = tiny_autoencoder()
+    model.save_pretrained(tmp_path / "other-process", is_main_process=False)
+    assert moved == [] and not (tmp_path / "other-process").exists()
+    model.save_pretrained(tmp_path / "main")
+    assert moved == [WEIGHTS, "config.json"]
 
 
 def test_other_files_in_the_folder_stay(tmp_path):
@@ -261,3 +318,14 @@ def test_gated_and_missing_repositories_are_explained(tmp_path, repository, mess
     assert (
         last.startswith("dinotok.models.encoders.EncoderUnavailableError") and message in last and repository in last
     )
+
+
+@pytest.mark.parametrize(("status", "message"), [(403, "is gated: its owner asks"), (401, "not found on the Hub")])
+def test_a_mirror_that_sends_no_error_code_is_understood_too(monkeypatch, status, message):
+    def refuse(*_, **__):
+        response = SimpleNamespace(status_code=status, headers={}, request=None)
+        raise OSError("There was a specific connection error") from HfHubHTTPError("refused", response=response)
+
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", refuse)
+    with pytest.raises(EncoderUnavailableError, match=message):
+        AutoencoderDINOTok.from_encoder("someone/vit")

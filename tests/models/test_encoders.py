@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModel
 
 from dinotok import EncoderUnavailableError, FrozenEncoder
 from dinotok.models.encoders import config_to_dict, load_pretrained_encoder, weights_digest
-from tests.conftest import TINY_ENCODERS, random_pixels
+from tests.conftest import TINY_ENCODERS, random_pixels, save_tiny_encoder
 
 FAMILIES = sorted(TINY_ENCODERS)
 
@@ -142,6 +142,8 @@ def test_statistics_stay_float32_in_half_precision():
         (torch.zeros(1, 4, 64, 64), r"\(1, 4, 64, 64\)"),
         (torch.zeros(3, 64, 64), r"\(3, 64, 64\)"),
         (torch.zeros(1, 3, 64, 64, dtype=torch.uint8), "uint8"),
+        (torch.zeros(0, 3, 64, 64), r"\(0, 3, 64, 64\)"),
+        (torch.zeros(1, 3, 64, 64).numpy(), "Pixels are a ndarray"),
     ],
 )
 def test_bad_pixels_are_named(pixels, message):
@@ -152,6 +154,8 @@ def test_bad_pixels_are_named(pixels, message):
 def test_bad_layers_and_configs_are_named():
     with pytest.raises(ValueError, match="Layer 4 does not exist: the encoder has hidden states 0 to 3"):
         build("vit")(torch.zeros(1, 3, 32, 32), [4])
+    with pytest.raises(ValueError, match="layers is empty"):
+        build("vit")(torch.zeros(1, 3, 32, 32), [])
     with pytest.raises(ValueError, match="needs a 'model_type'"):
         FrozenEncoder({"hidden_size": 32})
     with pytest.raises(ValueError, match="'no_such_model' is unknown"):
@@ -181,6 +185,14 @@ def test_from_encoder_loads_weights_and_normalization(tmp_path, family):
     assert set(rebuilt.model.state_dict()) == set(ours)
 
 
+def test_a_float16_checkpoint_is_computed_in_float32_and_has_its_twins_digest(tmp_path):
+    encoder = FrozenEncoder.from_encoder(str(save_tiny_encoder(tmp_path, seed=5)))
+    encoder.model.half().save_pretrained(tmp_path)
+    loaded = FrozenEncoder.from_encoder(str(tmp_path))
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
+    assert loaded.digest() == encoder.digest()
+
+
 def test_a_whole_clip_or_siglip_checkpoint_gives_its_vision_tower(tmp_path):
     vision = {key: value for key, value in TINY_ENCODERS["siglip_vision_model"].items() if key != "model_type"}
     text = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -195,8 +207,8 @@ def test_a_whole_clip_or_siglip_checkpoint_gives_its_vision_tower(tmp_path):
 def test_missing_normalization_is_the_familys_and_said(tmp_path, caplog):
     save_encoder(tmp_path, processor=False)
     with caplog.at_level("WARNING"):
-        _, _, mean, _ = load_pretrained_encoder(str(tmp_path))
-    assert mean == [0.485, 0.456, 0.406]
+        found = load_pretrained_encoder(str(tmp_path))
+    assert found.image_mean == [0.485, 0.456, 0.406]
 
 
 def test_missing_and_incomplete_encoders_are_explained(tmp_path):

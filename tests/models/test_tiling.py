@@ -35,6 +35,12 @@ def test_a_local_function_is_reproduced(height, width, tile, overlap, scale):
     assert {max(call) for call in calls[:-1]} <= {min(tile, s) * unit for s in (height, width)}
 
 
+def test_half_precision_is_blended_in_float32():
+    values = random_pixels(1, 3, 48, 80).bfloat16()
+    result = tiled_map(lambda part: part, values, 32, 16, Fraction(1))
+    assert torch.equal(result, values)
+
+
 def test_disagreeing_tiles_meet_without_a_step():
     """Calls return different constants, the worst disagreement: outputs still change by 1 / overlap at most."""
     values = torch.zeros(1, 1, 64, 96)

@@ -34,7 +34,8 @@ class ChannelAffine(Float32Module):
     Args:
         mean: C numbers.
         std: C positive numbers.
-        persistent: Keep them in the state dict, for statistics that the config does not carry.
+        persistent: Keep them in the state dict, for statistics that the config does not carry; as frozen parameters,
+            because diffusers' `EMAModel` saves parameters only.
     """
 
     mean: torch.Tensor
@@ -42,13 +43,18 @@ class ChannelAffine(Float32Module):
 
     def __init__(self, mean: list[float], std: list[float], persistent: bool = False):
         super().__init__()
-        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, -1, 1, 1), persistent)
-        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, -1, 1, 1), persistent)
+        for name, values in (("mean", mean), ("std", std)):
+            tensor = torch.tensor(values, dtype=torch.float32).view(1, -1, 1, 1)
+            if persistent:
+                self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+            else:
+                self.register_buffer(name, tensor, persistent=False)
 
     def set(self, mean: torch.Tensor, std: torch.Tensor) -> None:
         """Replace the statistics by `(C,)` tensors, in place."""
-        self.mean = mean.to(self.mean).view_as(self.mean)
-        self.std = std.to(self.std).view_as(self.std)
+        with torch.no_grad():
+            self.mean.copy_(mean.view_as(self.mean))
+            self.std.copy_(std.view_as(self.std))
 
     def normalize(self, values: torch.Tensor) -> torch.Tensor:
         """Return `(values - mean) / std` in float32."""

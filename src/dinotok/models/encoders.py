@@ -2,19 +2,22 @@
 
 import hashlib
 import inspect
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from diffusers.models.modeling_utils import get_parameter_dtype
 from diffusers.utils import logging
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
+from transformers.utils import cached_file, extract_commit_hash
 from transformers.utils import logging as transformers_logging
 
 from .buffers import ChannelAffine
@@ -115,9 +118,9 @@ class FrozenEncoder(nn.Module):
             EncoderUnavailableError: If the repository or folder is missing, gated, incomplete or out of reach.
             ValueError: If it holds something else than a plain vision transformer.
         """
-        config, weights, mean, std = load_pretrained_encoder(name_or_path, revision, **hub_arguments)
-        encoder = cls(config, image_mean or mean, image_std or std, patch_size)
-        encoder.model.load_state_dict(weights)
+        found = load_pretrained_encoder(name_or_path, revision, **hub_arguments)
+        encoder = cls(found.config, image_mean or found.image_mean, image_std or found.image_std, patch_size)
+        encoder.model.load_state_dict(found.weights)
         encoder.check_against_backbone()
         return encoder
 
@@ -137,7 +140,7 @@ class FrozenEncoder(nn.Module):
             One `(B, hidden_size, H / patch_size, W / patch_size)` grid for each of `layers`, in their order.
 
         Raises:
-            ValueError: If a size is not a multiple of `patch_size` or a layer does not exist.
+            ValueError: If a size is not a multiple of `patch_size`, or a layer does not exist or none is named.
         """
         wanted = (self.num_layers,) if layers is None else tuple(layers)
         self._check_layers(wanted)
@@ -187,6 +190,8 @@ class FrozenEncoder(nn.Module):
             )
 
     def _check_layers(self, layers: Sequence[int]) -> None:
+        if not layers:
+            raise ValueError("layers is empty; expected at least one hidden-state index.")
         for layer in layers:
             if not 0 <= layer <= self.num_layers:
                 raise ValueError(
@@ -232,8 +237,10 @@ class FrozenEncoder(nn.Module):
 
 
 def check_pixels(pixels: torch.Tensor, patch_size: int) -> None:
-    """Raise a `ValueError` unless `pixels` is a `(B, 3, H, W)` float tensor of whole patches."""
-    if pixels.ndim != 4 or pixels.shape[1] != 3:
+    """Raise a `ValueError` unless `pixels` is a `(B, 3, H, W)` float tensor of whole patches, B at least 1."""
+    if not isinstance(pixels, torch.Tensor):
+        raise ValueError(f"Pixels are a {type(pixels).__name__}, not a (B, 3, H, W) tensor of pixels.")
+    if pixels.ndim != 4 or pixels.shape[1] != 3 or not pixels.shape[0]:
         raise ValueError(f"Pixels must have shape (B, 3, H, W), got {tuple(pixels.shape)}.")
     if not pixels.is_floating_point():
         raise ValueError(f"Pixels must be floats in [-1, 1], got {pixels.dtype}.")
@@ -260,21 +267,46 @@ def weights_digest(state_dict: dict[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def load_pretrained_encoder(
-    name_or_path: str, revision: str | None = None, **hub_arguments
-) -> tuple[dict[str, Any], dict[str, torch.Tensor], list[float], list[float]]:
-    """Fetch an encoder: its config as a dict, its weights in float32, and its `image_mean` and `image_std`.
+def check_finite(weights: Iterable[tuple[str, torch.Tensor]], source: str) -> None:
+    """Raise a `ValueError` that names the first tensor with a NaN or infinite value."""
+    for name, values in weights:
+        if values.is_floating_point() and not torch.isfinite(values).all():
+            raise ValueError(f"The weights in {source!r} contain NaN or infinite values, first in {name!r}.")
+
+
+class PretrainedEncoder(NamedTuple):
+    """What a repository or folder says about an encoder.
+
+    Attributes:
+        config: Rebuilds the architecture.
+        weights: In float32.
+        image_mean: What its input in [0, 1] is normalised with.
+        image_std: Likewise.
+        commit: Of the repository; None for a folder.
+    """
+
+    config: dict[str, Any]
+    weights: dict[str, torch.Tensor]
+    image_mean: list[float]
+    image_std: list[float]
+    commit: str | None
+
+
+def load_pretrained_encoder(name_or_path: str, revision: str | None = None, **hub_arguments) -> PretrainedEncoder:
+    """Fetch an encoder.
 
     Raises:
-        EncoderUnavailableError: If the repository or folder is missing, gated, incomplete or out of reach.
-        ValueError: If it holds no vision transformer, or no normalisation is known for it.
+        EncoderUnavailableError: If the repository or folder is missing, gated, incomplete, damaged or out of reach.
+        ValueError: If it holds no vision transformer, no normalisation is known for it, or its weights have NaN.
     """
     unknown = set(hub_arguments) - set(_HUB_ARGUMENTS)
     if unknown:
         raise TypeError(f"Unknown arguments {sorted(unknown)}; the Hub arguments are {', '.join(_HUB_ARGUMENTS)}.")
     arguments = dict(hub_arguments, revision=revision)
+    name_or_path = str(name_or_path)
     try:
         config = AutoConfig.from_pretrained(name_or_path, **arguments)
+        commit = _commit(name_or_path, arguments)
         config = getattr(config, "vision_config", config)
         model_class = MODEL_MAPPING.get(type(config), None)
         if model_class is None:
@@ -288,7 +320,7 @@ def load_pretrained_encoder(
                 output_loading_info=True,
                 **arguments,
             )
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise EncoderUnavailableError(_explain(name_or_path, revision, error)) from error
     state_dict = _strip(model).state_dict()
     absent = sorted(set(report["missing_keys"]) & set(state_dict))
@@ -296,7 +328,9 @@ def load_pretrained_encoder(
         raise EncoderUnavailableError(
             f"The weights of {name_or_path!r} are incomplete: {len(absent)} tensors are missing, first {absent[0]!r}."
         )
-    return (config_to_dict(config), state_dict, *_normalization(name_or_path, config.model_type, arguments))
+    check_finite(state_dict.items(), name_or_path)
+    mean, std = _normalization(name_or_path, config.model_type, arguments)
+    return PretrainedEncoder(config_to_dict(config), state_dict, mean, std, commit)
 
 
 @contextmanager
@@ -311,7 +345,7 @@ def _quiet_transformers() -> Iterator[None]:
 
 
 def config_to_dict(config: PretrainedConfig) -> dict[str, Any]:
-    """Return what rebuilds the architecture: no paths, versions or dtypes."""
+    """Return what rebuilds the architecture: no paths, versions, dtypes or names of classes."""
     dropped = {
         "_name_or_path",
         "transformers_version",
@@ -319,6 +353,8 @@ def config_to_dict(config: PretrainedConfig) -> dict[str, Any]:
         "torch_dtype",
         "architectures",
         "_attn_implementation",
+        "id2label",
+        "label2id",
     }
     return {key: value for key, value in config.to_dict().items() if key not in dropped}
 
@@ -363,6 +399,13 @@ def _to_grid(tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
     """Drop the prefix tokens and lay the patch tokens out: the patches are the last h * w tokens."""
     height, width = grid
     return tokens[:, -height * width :].transpose(1, 2).unflatten(2, (height, width))
+
+
+def _commit(name_or_path: str, arguments: dict) -> str | None:
+    """The commit of a repository whose config is in the cache by now; None for a folder."""
+    if os.path.isdir(name_or_path):
+        return None
+    return extract_commit_hash(cached_file(name_or_path, "config.json", **arguments), None)
 
 
 def _normalization(name_or_path: str, model_type: str, arguments: dict) -> tuple[list[float], list[float]]:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -25,6 +26,7 @@ from .encoders import (
     EncoderUnavailableError,
     FrozenEncoder,
     canonical_keys,
+    check_finite,
     check_pixels,
     load_pretrained_encoder,
     weights_digest,
@@ -35,8 +37,10 @@ logger = logging.get_logger(__name__)
 
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
 _ENCODER_PREFIX = "encoder.model."
-# The encoder that `from_pretrained(encoder=...)` asks for, while that call runs.
-_requested_encoder: ContextVar[str | None] = ContextVar("requested_encoder", default=None)
+# While `from_pretrained(encoder=...)` runs: the encoder it asks for, and how to reach the Hub.
+_requested_encoder: ContextVar[tuple[str | None, dict[str, Any]]] = ContextVar("requested_encoder", default=(None, {}))
+# Which of a call's Hub arguments hold for the encoder's repository as well.
+_SHARED_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token")
 
 
 @dataclass
@@ -77,6 +81,17 @@ class TokenizerModel(ModelMixin, AutoencoderMixin, ConfigMixin):
 
     # ---------------------------------------------------------------------------------------------- construction
 
+    def register_to_config(self, **values) -> None:
+        """Put values into the config, and no longer take them for the constructor's defaults.
+
+        `from_config(model.config)` drops what diffusers takes for a default: the latents' statistics, for one, which
+        `fit` adds.
+        """
+        super().register_to_config(**values)
+        defaults = self.config.get("_use_default_values")
+        if defaults and "_use_default_values" not in values:
+            super().register_to_config(_use_default_values=[name for name in defaults if name not in values])
+
     @classmethod
     def from_encoder(
         cls,
@@ -106,19 +121,19 @@ class TokenizerModel(ModelMixin, AutoencoderMixin, ConfigMixin):
             EncoderUnavailableError: If the encoder is missing, gated, incomplete or out of reach.
             ValueError: If it is not a plain vision transformer.
         """
-        encoder_config, weights, mean, std = load_pretrained_encoder(
+        found = load_pretrained_encoder(
             name_or_path, revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
         )
         model = cls(
-            encoder_config=encoder_config,
-            image_mean=list(image_mean or mean),
-            image_std=list(image_std or std),
+            encoder_config=found.config,
+            image_mean=list(image_mean or found.image_mean),
+            image_std=list(image_std or found.image_std),
             encoder_repository=None if os.path.isdir(name_or_path) else str(name_or_path),
-            encoder_revision=revision,
-            encoder_digest=weights_digest(weights),
+            encoder_revision=found.commit or revision,  # a branch moves
+            encoder_digest=weights_digest(found.weights),
             **config,
         )
-        model.encoder.model.load_state_dict(weights)
+        model.encoder.model.load_state_dict(found.weights)
         model.encoder.check_against_backbone()
         return model.eval()
 
@@ -132,6 +147,8 @@ class TokenizerModel(ModelMixin, AutoencoderMixin, ConfigMixin):
         for name, values in (("latents_mean", mean), ("latents_std", std)):
             if len(values) != channels:
                 raise ValueError(f"{name} has {len(values)} values, but there are {channels} latent channels.")
+            if not all(map(math.isfinite, values)):
+                raise ValueError(f"{name} contains NaN or infinite values.")
         if min(std) <= 0:
             raise ValueError(f"latents_std must be positive, got a minimum of {min(std)}.")
         return ChannelAffine(mean, std)
@@ -282,8 +299,6 @@ class TokenizerModel(ModelMixin, AutoencoderMixin, ConfigMixin):
 
     def _pixel_batches(self, batches: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
         for index, pixels in enumerate(batches):
-            if not isinstance(pixels, torch.Tensor):
-                raise ValueError(f"Batch {index} is a {type(pixels).__name__}, not a (B, 3, H, W) tensor of pixels.")
             try:
                 check_pixels(pixels, self.patch_size)
             except ValueError as error:
@@ -346,12 +361,14 @@ class TokenizerModel(ModelMixin, AutoencoderMixin, ConfigMixin):
             pretrained_model_name_or_path: Folder or repository.
             encoder: Folder or repository of the frozen encoder, for a checkpoint saved without it; by default the one
                 that the config names.
-            **kwargs: As in diffusers: `torch_dtype`, `subfolder`, `revision`, `token`, `variant`, ...
+            **kwargs: As in diffusers: `dtype`, `subfolder`, `revision`, `token`, `variant`, ...; `token`, `cache_dir`,
+                `local_files_only` and `force_download` hold for the encoder's repository, too.
 
         Raises:
             EncoderUnavailableError: If the encoder is missing, gated, out of reach, or not the one whose digest the
                 config carries.
-            ValueError: If the checkpoint is another class's, lacks weights or has extra ones, or holds NaN.
+            ValueError: If the checkpoint is another class's, lacks weights or has extra ones, holds NaN, or has an
+                encoder of its own although one was passed.
             OSError: If files are missing or damaged.
         """
         if kwargs.get("use_safetensors") is False:
@@ -364,7 +381,9 @@ class TokenizerModel(ModelMixin, AutoencoderMixin, ConfigMixin):
             raise ValueError(f"{str(pretrained_model_name_or_path)!r} holds a {found}, not a {cls.__name__}.")
         wants_report = kwargs.pop("output_loading_info", False)
         kwargs["use_safetensors"] = True
-        requested = _requested_encoder.set(None if encoder is None else os.fspath(encoder))
+        kwargs.pop("low_cpu_mem_usage", None)  # what stays float32 is told apart only on the way through empty weights
+        shared = {key: kwargs[key] for key in _SHARED_HUB_ARGUMENTS if key in kwargs}
+        requested = _requested_encoder.set((None if encoder is None else os.fspath(encoder), shared))
         try:
             loaded: Any = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
         finally:
@@ -381,6 +400,9 @@ class TokenizerModel(ModelMixin, AutoencoderMixin, ConfigMixin):
             for key in list(state_dict)
             if key.startswith(_ENCODER_PREFIX)
         }
+        passed, _ = _requested_encoder.get()
+        if inside and passed is not None:
+            raise ValueError(f"encoder={passed!r} was passed, but the checkpoint has its own encoder: leave it out.")
         weights = inside or self._fetch_encoder()
         stored = canonical_keys(weights)
         renamed = {
@@ -393,14 +415,15 @@ class TokenizerModel(ModelMixin, AutoencoderMixin, ConfigMixin):
     def _fetch_encoder(self) -> dict[str, torch.Tensor]:
         """Load the encoder that a checkpoint was saved without, and check that it is the right one."""
         config = self.config
-        source = _requested_encoder.get() or config.encoder_repository
+        passed, hub_arguments = _requested_encoder.get()
+        source = passed or config.encoder_repository
         if source is None:
             raise EncoderUnavailableError(
                 "This checkpoint was saved without its encoder, and the encoder came from a local folder: pass "
                 "from_pretrained(..., encoder='path/to/the/encoder')."
             )
         revision = config.encoder_revision if source == config.encoder_repository else None
-        _, weights, _, _ = load_pretrained_encoder(source, revision)
+        weights = load_pretrained_encoder(source, revision, **hub_arguments).weights
         digest = weights_digest(weights)
         if config.encoder_digest is not None and digest != config.encoder_digest:
             raise EncoderUnavailableError(
@@ -436,9 +459,7 @@ def _check_loaded(model: ModelMixin, report: dict[str, Any], source: str, allow_
         raise ValueError(
             f"Tensors in {source!r} have other shapes than the config says: {report['mismatched_keys'][0]}."
         )
-    for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and not torch.isfinite(parameter).all():
-            raise ValueError(f"The weights in {source!r} contain NaN or infinite values, first in {name!r}.")
+    check_finite(model.state_dict().items(), source)
 
 
 def _drop_local_path(config_file: Path) -> None:
