@@ -1,10 +1,14 @@
 import json
+import re
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -12,11 +16,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
+from dinotok import AutoencoderDINOTok
 from dinotok.cli import app
 from dinotok.hub import folder_digest, load_tokenizer
 from dinotok.image_processor import ImageProcessor
 from dinotok.metrics import psnr
-from tests.tiny_tokenizers import save_picture, tiny_tokenizer
+from dinotok.token_files import open_token_shard, read_tokens
+from tests.conftest import TINY_DECODER, save_tiny_encoder
+from tests.tiny_tokenizers import save_picture, tiny_discrete_tokenizer, tiny_tokenizer
 
 MODES = ["RGB", "L", "RGBA", "P", "1", "LA"]
 
@@ -32,6 +39,13 @@ def model(tmp_path_factory):
 def other_model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "other"
     tiny_tokenizer(seed=1).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def discrete_model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "discrete"
+    tiny_discrete_tokenizer().save_pretrained(folder)
     return folder
 
 
@@ -93,6 +107,20 @@ def test_reconstruct_mirrors_a_folder_and_measures_what_it_wrote(photos, model, 
         assert row["psnr"] == pytest.approx(psnr(written, original).item(), abs=1e-3)
     assert report["summary"]["psnr"] == pytest.approx(np.mean([row["psnr"] for row in report["pictures"]]))
     assert "RGB.jpg" in result.stdout and f"{report['summary']['psnr_pooled']:.2f}" in result.stdout
+
+
+def test_all_commands_take_the_encoder_of_a_model_saved_without(photos, tmp_path):
+    encoder = save_tiny_encoder(tmp_path / "encoder", seed=5)
+    tokenizer = AutoencoderDINOTok.from_encoder(str(encoder), texture_channels=8, **TINY_DECODER)
+    tokenizer.fit([torch.rand(2, 3, 96, 96) * 2 - 1]).save_pretrained(tmp_path / "slim", include_encoder=False)
+    model = ("--model", tmp_path / "slim")
+    result = run("reconstruct", photos, *model, "--output", tmp_path / "none", status=2)
+    assert "saved without its encoder" in result.stderr
+    slim = (*model, "--encoder", encoder)
+    run("reconstruct", photos, *slim, "--output", tmp_path / "direct")
+    run("encode", photos, *slim, "--output", tmp_path / "latents")
+    run("decode", tmp_path / "latents", "--encoder", encoder, "--output", tmp_path / "decoded")
+    assert_same_pictures(tmp_path / "direct", tmp_path / "decoded")
 
 
 def test_reconstruct_is_the_models_own_forward(photos, model, tmp_path):
@@ -213,7 +241,7 @@ def test_damaged_and_foreign_shards_are_skipped_and_the_others_decoded(latents, 
     assert "skipped weights.safetensors: " in result.stderr and "without latents" in result.stderr
     assert len(files_in(tmp_path / "decoded")) == 4
     result = run("decode", middle, "--output", tmp_path / "decoded", status=2)
-    assert "error: None of 1 files of latents could be used." in result.stderr
+    assert "error: None of 1 files of tokens or latents could be used." in result.stderr
 
 
 def test_latents_of_two_models_are_decoded_one_by_one(photos, latents, other_model, tmp_path):
@@ -227,6 +255,172 @@ def test_pictures_of_two_runs_with_one_name_both_come_out(photos, model, latents
     run("decode", latents, tmp_path / "more", "--output", tmp_path / "decoded")
     names = files_in(tmp_path / "decoded")
     assert len(names) == 9 and {"L.png.png", "L.png-2.png", "sub/RGB.png"} <= set(names)
+
+
+# Tokens
+
+
+def tokens_in(folder: Path) -> dict[str, torch.Tensor]:
+    return {p.name: p.values for path in sorted(folder.iterdir()) for p in read_tokens(open_token_shard(path))}
+
+
+def test_tokens_are_the_models_indices_and_decode_to_its_reconstruction(photos, discrete_model, tmp_path):
+    common = ("--recursive", "--batch-size", 1)
+    run("reconstruct", photos, "--model", discrete_model, "--output", tmp_path / "out", *common)
+    result = run("encode", photos, "--model", discrete_model, "--output", tmp_path / "tokens", *common)
+    grids = ["1x1", "2x3", "3x3", "4x1"]
+    assert files_in(tmp_path / "tokens") == [f"tokens-{grid}-00000.parquet" for grid in grids]
+    assert "tokens-3x3-00000.parquet: tokens of 6 pictures" in result.stdout
+    tokens = tokens_in(tmp_path / "tokens")
+    model, processor = load_tokenizer(str(discrete_model)), ImageProcessor(16)
+    assert len(tokens) == 9
+    for name, indices in tokens.items():
+        assert torch.equal(indices, model.encode_to_indices(processor.preprocess(photos / name))[0])
+    run("decode", tmp_path / "tokens", "--output", tmp_path / "decoded", "--batch-size", 1)
+    for name in files_in(tmp_path / "decoded"):
+        np.testing.assert_array_equal(read(tmp_path / "decoded" / name), read(tmp_path / "out" / name))
+    assert len(files_in(tmp_path / "decoded")) == 9
+
+
+def test_tokens_of_decoded_pictures_are_those_of_the_reconstruction_not_of_the_original(discrete_model, tmp_path):
+    for index in range(5):
+        save_picture(tmp_path / "in" / f"{index}.png", 64, 48, seed=index)
+    model = ("--model", discrete_model, "--batch-size", 2)
+    run("encode", tmp_path / "in", *model, "--output", tmp_path / "first")
+    run("decode", tmp_path / "first", "--output", tmp_path / "decoded", "--batch-size", 2)
+    run("reconstruct", tmp_path / "in", *model, "--output", tmp_path / "out", "--sheet", 0)
+    for name in files_in(tmp_path / "decoded"):  # batches are the same here, so pixels are, too
+        np.testing.assert_array_equal(read(tmp_path / "decoded" / name), read(tmp_path / "out" / name))
+    run("encode", tmp_path / "decoded", *model, "--output", tmp_path / "second")
+    first, second = tokens_in(tmp_path / "first"), tokens_in(tmp_path / "second")
+    same = torch.stack([first[name] == second[name] for name in first]).float().mean((0, 2, 3))
+    assert list(first) == list(second) and same.min() < 1
+    shards = (tmp_path / name / "tokens-3x4-00000.parquet" for name in ("first", "second"))
+    assert len({open_token_shard(path).origin.digest for path in shards}) == 1
+
+
+def test_a_discrete_model_writes_latents_on_request(photos, discrete_model, tmp_path):
+    arguments = ("encode", photos / "RGB.jpg", "--model", discrete_model)
+    run(*arguments, "--latents", "--output", tmp_path / "latents")
+    assert files_in(tmp_path / "latents") == ["latents-00000.safetensors"]
+    run("decode", tmp_path / "latents", "--output", tmp_path / "decoded")
+    model, processor = load_tokenizer(str(discrete_model)), ImageProcessor(16)
+    with torch.no_grad():
+        latents = model.encode(processor.preprocess(photos / "RGB.jpg")).latent
+        (expected,) = processor.postprocess(model.decode(latents).sample)
+    np.testing.assert_allclose(read(tmp_path / "decoded" / "RGB.png"), np.asarray(expected).astype(int), atol=1)
+    result = run(*arguments, "--tokens", "--output", tmp_path / "latents", status=2)
+    assert "has 1 shards already" in result.stderr  # nor tokens among latents
+
+
+def test_a_continuous_model_has_no_tokens(photos, model, tmp_path):
+    arguments = ("--model", model, "--output", tmp_path / "out")
+    assert "AutoencoderDINOTok has no codebooks" in run("encode", photos, *arguments, "--tokens", status=2).stderr
+    assert "AutoencoderDINOTok has no codebooks" in run("codebook", photos, *arguments, status=2).stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_tokens_and_latents_of_a_model_are_decoded_together(photos, discrete_model, tmp_path):
+    arguments = ("encode", photos / "L.png", photos / "P.png", "--model", discrete_model)
+    run(*arguments, "--output", tmp_path / "shards" / "a")
+    run(*arguments, "--output", tmp_path / "shards" / "b", "--latents")
+    run("decode", tmp_path / "shards", "--recursive", "--output", tmp_path / "decoded")
+    assert files_in(tmp_path / "decoded") == ["L.png-2.png", "L.png.png", "P.png-2.png", "P.png.png"]
+
+
+def test_tokens_of_another_model_are_refused_and_both_revisions_named(photos, model, discrete_model, tmp_path):
+    run("encode", photos, "--model", discrete_model, "--output", tmp_path / "tokens")
+    revised = shutil.copytree(discrete_model, tmp_path / "revised")
+    tiny_discrete_tokenizer(semantic_codebook_size=20).save_pretrained(revised)
+    decode = ("decode", tmp_path / "tokens", "--output", tmp_path / "decoded", "--model")
+    for other in (revised, model):
+        result = run(*decode, other, status=2)
+        assert result.stderr.startswith("error: The tokens were made by") and result.stderr.count("\n") == 1
+        for text in (str(discrete_model), folder_digest(discrete_model), str(other), folder_digest(other)):
+            assert text in result.stderr
+        # Allowing it does not help where the codebooks differ.
+        result = run(*decode, other, "--allow-revision-mismatch", status=2)
+        assert "{'semantic': 16, 'texture': 16} codes, the model has {" in result.stderr
+    tiny_discrete_tokenizer(seed=1).save_pretrained(revised)
+    run(*decode, revised, "--allow-revision-mismatch")
+    assert len(files_in(tmp_path / "decoded")) == 7
+
+
+def test_damaged_and_foreign_tokens_are_skipped_and_the_others_decoded(photos, discrete_model, tmp_path):
+    tokens = tmp_path / "tokens"
+    run("encode", photos, "--model", discrete_model, "--output", tokens, "--shard-size", 3)
+    middle = tokens / "tokens-3x3-00001.parquet"
+    middle.write_bytes(middle.read_bytes()[:-10])
+    pq.write_table(pa.table({"image": [b"x"]}), tokens / "other.parquet")
+    result = run("decode", tokens, "--output", tmp_path / "decoded", status=1)
+    assert "skipped tokens-3x3-00001.parquet: " in result.stderr and "truncated" in result.stderr
+    assert "skipped other.parquet: " in result.stderr and "without tokens" in result.stderr
+    assert len(files_in(tmp_path / "decoded")) == 4
+
+
+def test_the_use_of_codebooks_is_counted_over_the_whole_run(photos, discrete_model, tmp_path):
+    arguments = ("--model", discrete_model, "--output", tmp_path / "out", "--recursive")
+    (photos / "Corrupt.png").write_text("no picture")
+    result = run("reconstruct", photos, *arguments, "--batch-size", 2, status=1)
+    report = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    model, processor = load_tokenizer(str(discrete_model)), ImageProcessor(16)
+    names = [row["file"] for row in report["pictures"]]
+    indices = [model.encode_to_indices(processor.preprocess(photos / name))[0] for name in names]
+    for index, name in enumerate(("semantic", "texture")):
+        counts = torch.bincount(torch.cat([grid[index].flatten() for grid in indices]), minlength=16).double()
+        p = counts[counts > 0] / counts.sum()
+        found = report["codebooks"][name]
+        assert found["num_tokens"] == counts.sum() and found["codebook_size"] == 16
+        assert found["usage"] == (counts > 0).double().mean() and found["num_dead"] == (counts == 0).sum()
+        assert found["perplexity"] == pytest.approx(float((-(p * p.log()).sum()).exp()))
+        assert name in result.stdout and f"{found['perplexity']:.1f}" in result.stdout
+
+
+def test_codebooks_are_drawn(photos, discrete_model, tmp_path):
+    output = ("--output", tmp_path / "out")
+    result = run("codebook", photos, "--model", discrete_model, *output, "--codes", 3, "--patches", 2)
+    pictures = ["semantic-codes.png", "semantic-usage.png", "texture-codes.png", "texture-usage.png"]
+    assert files_in(tmp_path / "out") == ["codebooks.json", *pictures]
+    report = json.loads((tmp_path / "out" / "codebooks.json").read_text())
+    assert report["model_revision"] == folder_digest(discrete_model) and report["num_pictures"] == 7
+    codes = report["codebooks"]["semantic"]["codes"]
+    assert len(codes) <= 3 and all(len(code["patches"]) <= 2 for code in codes)
+    assert "semantic-codes.png" in result.stdout and "perplexity" in result.stdout
+
+
+def test_a_parquet_file_of_pictures_is_a_folder_of_them(photos, discrete_model, tmp_path):
+    names = ["L.png", "RGB.jpg", "sub/tiny.png"]
+    cells = [{"bytes": (photos / name).read_bytes(), "path": name} for name in names]
+    (tmp_path / "set").mkdir()
+    pq.write_table(pa.table({"photo": pa.array(cells)}), tmp_path / "set" / "train.parquet", row_group_size=2)
+    model = ("--model", discrete_model, "--batch-size", 1)
+    result = run("encode", tmp_path / "set", *model, "--output", tmp_path / "none", status=2)
+    assert "skipped train.parquet: " in result.stderr and "pass --image-column" in result.stderr
+    column = ("--image-column", "photo")
+    run("reconstruct", tmp_path / "set", *model, *column, "--output", tmp_path / "out")
+    run("encode", tmp_path / "set", *model, *column, "--output", tmp_path / "tokens")
+    run("decode", tmp_path / "tokens", "--output", tmp_path / "decoded", "--batch-size", 1)
+    assert_same_pictures(tmp_path / "out", tmp_path / "decoded")
+    run("reconstruct", *(photos / name for name in names), *model, "--output", tmp_path / "files", "--sheet", 0)
+    assert_same_pictures(tmp_path / "out", tmp_path / "files")
+    run("codebook", tmp_path / "set", *model, *column, "--output", tmp_path / "codebooks")
+
+
+def test_the_page_about_tokens_runs_as_it_stands(photos, discrete_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    for name in ("first", "second"):
+        save_picture(Path("photographs") / f"{name}.jpg", 48, 48)
+    shutil.copytree(discrete_model, "my-vq-tokenizer")
+    page = (Path(__file__).parents[1] / "docs" / "tokens.md").read_text("utf-8")
+    commands, code = (re.search(rf"```{kind}\n(.*?)```", page, re.DOTALL)[1] for kind in ("bash", "python"))
+    for line in commands.splitlines():
+        run(*shlex.split(line)[1:])
+    names = {}
+    exec(code, names)
+    assert names["indices"].shape == (2, 3, 3) and names["indices"].dtype == torch.int64
+    assert_same_pictures(Path("outputs/pictures"), Path("outputs/decoded"))
+    assert Path("outputs/codebooks/semantic-codes.png").is_file()
 
 
 # Errors of the user: one line on stderr, status 2
@@ -259,7 +453,7 @@ def test_nothing_found_is_an_error(tmp_path, model):
         result = run(command, tmp_path / "empty", "--model", model, "--output", tmp_path / "out", status=2)
         assert result.stderr.startswith("error: No .avif") and str(tmp_path / "empty") in result.stderr
     result = run("decode", tmp_path / "empty", "--output", tmp_path / "out", status=2)
-    assert result.stderr.startswith("error: No .safetensors files in")
+    assert result.stderr.startswith("error: No .safetensors, .parquet files in")
 
 
 def test_shards_are_not_written_among_others(photos, model, latents):
@@ -277,5 +471,5 @@ def test_help_and_version_are_quick():
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
     help_text = run("--help").stdout
-    assert all(command in help_text for command in ("quickstart", "reconstruct", "encode", "decode"))
+    assert all(command in help_text for command in ("quickstart", "reconstruct", "encode", "decode", "codebook"))
     assert run("--version").stdout.startswith("dinotok 0.")

@@ -7,9 +7,10 @@ from safetensors.torch import save_file
 
 from dinotok import latent_files
 from dinotok.folders import Picture
-from dinotok.latent_files import LatentsOrigin, open_shard, read_latents, write_shards
+from dinotok.latent_files import open_shard, read_latents, write_shards
+from dinotok.shards import ModelOrigin
 
-ORIGIN = LatentsOrigin("user/model", "c0ffee", "sha256:12", "AutoencoderDINOTok", 16, {"dtype": "float32"})
+ORIGIN = ModelOrigin("user/model", "c0ffee", "sha256:12", "AutoencoderDINOTok", 16, {"dtype": "float32"})
 
 
 def random_pictures(count):

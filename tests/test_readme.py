@@ -1,19 +1,20 @@
 """Every snippet of the README and the docs is run as it stands, in a folder with small stand-ins for what it names."""
 
 import json
-import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from transformers import AutoConfig, AutoModel
+from typer.testing import CliRunner
 
+from dinotok.cli import app
 from tests.conftest import TINY_ENCODERS
+from tests.tiny_tokenizers import tiny_discrete_tokenizer
 
 ROOT = Path(__file__).parents[1]
 PHOTOGRAPHS = ROOT / "src" / "dinotok" / "assets" / "photographs"
@@ -30,8 +31,9 @@ def workplace(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("snippets")
     (folder / "photographs").mkdir()
     for name, source in (("first", "chelsea"), ("second", "rocket"), ("photo", "coffee")):
-        shutil.copy(PHOTOGRAPHS / f"{source}.jpg", folder / f"{name}.jpg")
-        shutil.copy(PHOTOGRAPHS / f"{source}.jpg", folder / "photographs" / f"{source}.jpg")
+        small = Image.open(PHOTOGRAPHS / f"{source}.jpg").resize((240, 176))
+        small.save(folder / f"{name}.jpg")
+        small.save(folder / "photographs" / f"{source}.jpg")
     encoder = folder / "facebook" / "dinov2-with-registers-base"
     torch.manual_seed(0)
     config = {**TINY_ENCODERS["dinov2_with_registers"], "hidden_size": 128}
@@ -40,26 +42,46 @@ def workplace(tmp_path_factory) -> Path:
     return folder
 
 
-def run(command: list[str], folder: Path) -> None:
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
+def run_snippet(code: str, names: dict) -> None:
+    exec(compile(code, "snippet", "exec"), names)
 
 
-def test_readme_snippets_run_in_order(workplace):
+def run_commands(page: str) -> None:
+    for line in "\n".join(blocks(page, "bash")).splitlines():
+        if line.startswith("dinotok "):
+            result = CliRunner().invoke(app, shlex.split(line)[1:])
+            assert result.exit_code == 0, f"{line}\n{result.output}\n{result.exception}"
+
+
+def test_readme_snippets_run_in_order(workplace, monkeypatch):
+    monkeypatch.chdir(workplace)
     first, *others = blocks("README.md", "python")
     # The stand-in encoder is a folder, so a checkpoint without it must be told where it is.
-    first = first.replace('from_pretrained("my-tokenizer")', 'from_pretrained("my-tokenizer", encoder=ENCODER)')
-    first = 'ENCODER = "facebook/dinov2-with-registers-base"\n' + first
-    run([sys.executable, "-c", first + "\npicture.save('picture.png')\nae.save_pretrained('my-tokenizer')"], workplace)
-    assert (workplace / "picture.png").is_file()
+    names = {"ENCODER": "facebook/dinov2-with-registers-base"}
+    run_snippet(
+        first.replace('from_pretrained("my-tokenizer")', 'from_pretrained("my-tokenizer", encoder=ENCODER)'), names
+    )
+    names["picture"].save("picture.png")
+    names["ae"].save_pretrained("my-tokenizer")
     for snippet in others:
-        run([sys.executable, "-c", snippet], workplace)
-    for line in "\n".join(blocks("README.md", "bash")).splitlines():
-        if line.startswith("dinotok "):
-            run(shlex.split(line), workplace)
+        run_snippet(snippet, names)
+    assert names["indices"].shape[:2] == (1, 2) and names["ae"].config.latent_channels == 832
+    run_commands("README.md")
     for folder in ("pictures", "decoded"):
         assert (workplace / "outputs" / folder / "coffee.png").is_file()
+
+
+def test_snippets_on_tokens_run_in_order(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny_discrete_tokenizer().save_pretrained("my-vq-tokenizer")
+    (tmp_path / "photographs").mkdir()
+    for name in ("first", "second"):  # of one size, as the snippet that reads all files together needs
+        shutil.copy(PHOTOGRAPHS / "rocket.jpg", tmp_path / "photographs" / f"{name}.jpg")
+    run_commands("docs/tokens.md")
+    names: dict = {}
+    for snippet in blocks("docs/tokens.md", "python"):
+        run_snippet(snippet, names)
+    assert names["indices"].shape[0] == 2
 
 
 def test_the_two_commands_of_the_readme_are_the_makefiles_and_cis():

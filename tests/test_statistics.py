@@ -315,7 +315,7 @@ def test_two_processes_end_with_the_statistics_and_the_sample_of_one(tmp_path):
 
 
 def test_reduced_rank_regression_is_eckart_young_on_the_predictions():
-    """Without penalty, the error beyond least squares is what the dropped singular values hold; full rank drops none."""
+    """Without penalty, the error beyond least squares is what the dropped singular values hold."""
     x, y = rows(300, 6, 20, 2.0), rows(300, 6, 21) @ rows(6, 5, 22)
     y = y + x @ rows(6, 5, 23)
     moments = StreamingMoments(6, 5).update(x[:100], y[:100]).update(x[100:], y[100:])

@@ -4,8 +4,21 @@ import math
 import pytest
 import torch
 
-from dinotok.folders import Picture
-from dinotok.transcoding import _finite, scores_text, write_report
+from dinotok import transcoding
+from dinotok.folders import Picture, find_pictures
+from dinotok.metrics import ReconstructionMetrics
+from dinotok.reports import scores_text, write_report
+from dinotok.shards import ModelOrigin
+from dinotok.transcoding import (
+    _finite,
+    code_counters,
+    encode_batch,
+    encode_files,
+    encode_files_to_tokens,
+    open_shard_file,
+    reconstruct_files,
+)
+from tests.tiny_tokenizers import save_picture, tiny_discrete_tokenizer
 
 
 def row(psnr, ssim):
@@ -46,3 +59,25 @@ def test_pictures_the_model_cannot_handle_are_reported_and_the_others_kept():
 def test_scores_are_said_in_words():
     assert scores_text(row(30.123, 0.5)) == "8x9, PSNR 30.12 dB, SSIM 0.500"
     assert scores_text(row(math.inf, math.nan)) == "8x9, PSNR inf dB, SSIM not defined"
+
+
+@pytest.mark.parametrize("encode", [encode_files, encode_files_to_tokens])
+def test_a_picture_whose_latents_are_not_finite_is_reported_and_its_batch_goes_on(tmp_path, monkeypatch, encode):
+    def poisoned(model, pixels):
+        latents = encode_batch(model, pixels).clone()
+        latents[1] = math.nan
+        return latents
+
+    monkeypatch.setattr(transcoding, "encode_batch", poisoned)
+    model, failures = tiny_discrete_tokenizer(), []
+    for index in range(3):
+        save_picture(tmp_path / "in" / f"{index}.png", 16, 32, seed=index)
+    files = find_pictures([tmp_path / "in"], None)
+    counters, metrics = code_counters(model), ReconstructionMetrics()
+    arguments = (tmp_path / "out", metrics, lambda name, error: failures.append(name), 3, counters)
+    assert [row["file"] for row in reconstruct_files(model, files, *arguments)] == ["0.png", "2.png"]
+    assert failures == ["1.png"] and metrics.num_images == 2
+    assert [int(counter.counts.sum()) for counter in counters.values()] == [4, 4]
+    origin = ModelOrigin("m", "r", "d", "VQModelDINOTok", 16, {})
+    (path,) = encode(model, files, tmp_path / "shards", origin, lambda name, error: failures.append(name))
+    assert list(open_shard_file(path).sizes) == ["0.png", "2.png"] and failures == ["1.png"] * 2

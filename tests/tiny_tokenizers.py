@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dinotok import AutoencoderDINOTok
+from dinotok import AutoencoderDINOTok, VQModelDINOTok
 from tests.conftest import TINY_DECODER, TINY_ENCODERS
 
 
@@ -27,3 +27,10 @@ def save_picture(path: Path, width: int, height: int, mode: str = "RGB", seed: i
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(array).resize((width, height), Image.Resampling.BICUBIC).convert(mode).save(path)
     return path
+
+
+def tiny_discrete_tokenizer(seed: int = 0, **config) -> VQModelDINOTok:
+    """Build a fitted discrete tokenizer of 16 + 16 codes."""
+    config = {"semantic_codebook_size": 16, "texture_codebook_size": 16, "rank": 8, **config}
+    pixels = torch.rand(2, 3, 96, 96, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    return VQModelDINOTok.from_autoencoder(tiny_tokenizer(seed), **config).fit([pixels])

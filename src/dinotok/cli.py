@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -14,6 +14,7 @@ import typer
 # torch, diffusers and what imports them wait until a command runs: `dinotok --help` is quick.
 if TYPE_CHECKING:
     from .hub import TokenizerFiles
+    from .models.quantizers import CodeCounter
     from .models.tokenizer_model import TokenizerModel
 
 app = typer.Typer(
@@ -47,6 +48,7 @@ class RunSettings:
         tiling: Run large pictures tile by tile.
         tile_size: Pixels; None is the model's default.
         tile_overlap: Pixels; None is the model's default.
+        encoder: Folder or repository of the frozen encoder, for a model saved without; None is what its config says.
     """
 
     batch_size: int
@@ -55,6 +57,7 @@ class RunSettings:
     tiling: bool
     tile_size: int | None
     tile_overlap: int | None
+    encoder: str | None
 
     def load(self, source: "TokenizerFiles") -> "TokenizerModel":
         """Load a tokenizer to the device, and switch tiling on if it is wanted.
@@ -65,7 +68,7 @@ class RunSettings:
         import torch
 
         device = check_device(self.device)
-        model = source.load(getattr(torch, self.dtype.value)).to(device)
+        model = source.load(getattr(torch, self.dtype.value), self.encoder).to(device)
         if self.tiling or self.tile_size is not None or self.tile_overlap is not None:
             model.enable_tiling(self.tile_size, self.tile_overlap)
         return model
@@ -108,8 +111,12 @@ class Failures:
             raise typer.Exit(SOME_FAILED)
 
 
-Pictures = Annotated[list[Path], typer.Argument(metavar="PATH...", help="Pictures, and folders of pictures.")]
+Pictures = Annotated[
+    list[Path], typer.Argument(metavar="PATH...", help="Pictures, parquet files of pictures, and folders of both.")
+]
+ImageColumn = Annotated[str, typer.Option(help="Where parquet files have their pictures.")]
 Model = Annotated[str, typer.Option(help="Folder or Hub repository of a tokenizer.")]
+Encoder = Annotated[str | None, typer.Option(help="Folder or repository of the encoder, for a model saved without.")]
 Output = Annotated[Path, typer.Option(help="Folder for the results; made if it is missing.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the Hub repository.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Pictures of one size that go through the model together.")]
@@ -155,30 +162,36 @@ def reconstruct(
     tiling: Tiling = False,
     tile_size: TileSize = None,
     tile_overlap: TileOverlap = None,
+    encoder: Encoder = None,
     revision: Revision = None,
+    image_column: ImageColumn = "image",
     recursive: Recursive = False,
 ) -> None:
     """Encode and decode pictures; write PNG files, sheet.png and metrics.json, and print PSNR and SSIM."""
     with user_errors():
-        from .folders import check_output, find_files
+        from .folders import check_output, find_pictures
         from .hub import find_tokenizer
         from .metrics import ReconstructionMetrics
-        from .transcoding import reconstruct_files, write_reconstruction_sheet, write_report
+        from .reports import write_reconstruction_sheet, write_report
+        from .transcoding import code_counters, reconstruct_files
 
-        files = find_files(paths, recursive=recursive, exclude=output)
+        failures = Failures()
+        files = find_pictures(paths, failures.add, recursive, output, image_column)
         check_output(output, files)
         source = find_tokenizer(model, revision)
-        settings = RunSettings(batch_size, device, dtype, tiling, tile_size, tile_overlap)
+        settings = RunSettings(batch_size, device, dtype, tiling, tile_size, tile_overlap, encoder)
         tokenizer = settings.load(source)
-        failures, metrics = Failures(), ReconstructionMetrics()
-        rows = list(reconstruct_files(tokenizer, files, output, metrics, failures.add, batch_size))
+        metrics, counters = ReconstructionMetrics(), code_counters(tokenizer)
+        rows = list(reconstruct_files(tokenizer, files, output, metrics, failures.add, batch_size, counters))
         summary = metrics.compute() if rows else None
         header = _report_header(source) | {"settings": settings.describe(tokenizer)}
-        write_report(output / "metrics.json", rows, failures.entries, summary, header)
+        write_report(output / "metrics.json", rows, failures.entries, summary, header, counters)
         if rows and sheet:
             write_reconstruction_sheet(rows, files, output, sheet)
         if summary is not None:
-            _print_metrics(rows, summary, output)
+            _print_metrics(rows, summary)
+            _print_usage(counters)
+            typer.echo(f"Written to {output}")
         failures.finish(len(rows), "pictures")
 
 
@@ -187,7 +200,14 @@ def encode(
     paths: Pictures,
     model: Model,
     output: Output,
-    shard_size: Annotated[int, typer.Option(min=1, help="Pictures per file, at most.")] = 256,
+    tokens: Annotated[
+        bool | None,
+        typer.Option("--tokens/--latents", help="What to write; by default tokens if the model has codebooks."),
+    ] = None,
+    shard_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Pictures per file, at most; by default 4096 for tokens, 256 for latents."),
+    ] = None,
     latents_dtype: Annotated[Dtype, typer.Option(help="Precision of the stored latents.")] = Dtype.float32,
     batch_size: BatchSize = 8,
     device: Device = None,
@@ -195,25 +215,28 @@ def encode(
     tiling: Tiling = False,
     tile_size: TileSize = None,
     tile_overlap: TileOverlap = None,
+    encoder: Encoder = None,
     revision: Revision = None,
+    image_column: ImageColumn = "image",
     recursive: Recursive = False,
 ) -> None:
-    """Write the latents of pictures to safetensors files that `dinotok decode` turns back into pictures."""
+    """Write pictures as tokens (parquet) or latents (safetensors) that `dinotok decode` turns back into pictures."""
     with user_errors():
         import torch
 
-        from .folders import check_output, find_files
+        from .folders import check_output, find_pictures
         from .hub import find_tokenizer
-        from .latent_files import LatentsOrigin, check_has_no_shards, open_shard
-        from .transcoding import encode_files
+        from .shards import ModelOrigin, check_has_no_shards
+        from .transcoding import code_counters, encode_files, encode_files_to_tokens, open_shard_file
 
         check_output(output)
         check_has_no_shards(output)
-        files = find_files(paths, recursive=recursive, exclude=output)
+        failures = Failures()
+        files = find_pictures(paths, failures.add, recursive, output, image_column)
         source = find_tokenizer(model, revision)
-        settings = RunSettings(batch_size, device, dtype, tiling, tile_size, tile_overlap)
+        settings = RunSettings(batch_size, device, dtype, tiling, tile_size, tile_overlap, encoder)
         tokenizer = settings.load(source)
-        origin = LatentsOrigin(
+        origin = ModelOrigin(
             model=source.name,
             revision=source.revision,
             digest=source.digest,
@@ -221,20 +244,22 @@ def encode(
             patch_size=tokenizer.config["patch_size"],
             settings=settings.describe(tokenizer),
         )
-        failures, done = Failures(), 0
-        stored = getattr(torch, latents_dtype.value)
-        for path in encode_files(tokenizer, files, output, origin, failures.add, batch_size, shard_size, stored):
-            count = len(open_shard(path).sizes)
-            done += count
-            typer.echo(f"{path}: latents of {count} pictures")
+        arguments = (tokenizer, files, output, origin, failures.add, batch_size)
+        if tokens or (tokens is None and code_counters(tokenizer)):
+            shards = encode_files_to_tokens(*arguments, shard_size or 4096)
+        else:
+            shards = encode_files(*arguments, shard_size or 256, getattr(torch, latents_dtype.value))
+        done = 0
+        for path in shards:
+            shard = open_shard_file(path)
+            done += len(shard.sizes)
+            typer.echo(f"{path}: {shard.content} of {len(shard.sizes)} pictures")
         failures.finish(done, "pictures")
 
 
 @app.command()
 def decode(
-    latents: Annotated[
-        list[Path], typer.Argument(metavar="LATENTS...", help="Files of `dinotok encode`, or folders.")
-    ],
+    shards: Annotated[list[Path], typer.Argument(metavar="SHARDS...", help="Files of `dinotok encode`, or folders.")],
     output: Output,
     model: Annotated[str | None, typer.Option(help="Where the model is now; by default where the files say.")] = None,
     allow_revision_mismatch: Annotated[
@@ -246,26 +271,67 @@ def decode(
     tiling: Tiling = False,
     tile_size: TileSize = None,
     tile_overlap: TileOverlap = None,
+    encoder: Encoder = None,
     revision: Revision = None,
     recursive: Recursive = False,
 ) -> None:
-    """Turn files of latents back into pictures of the original sizes."""
+    """Turn files of tokens or latents back into pictures of the original sizes."""
     with user_errors():
         from .folders import check_output, find_files
         from .transcoding import check_same_model, decode_files, find_tokenizer_of, open_shards
 
         check_output(output)
         failures = Failures()
-        shards = open_shards(find_files(latents, (".safetensors",), recursive), failures.add)
-        if not shards:
-            failures.finish(0, "files of latents")
-        source = find_tokenizer_of(shards[0].origin, model, revision)
+        found = open_shards(find_files(shards, (".safetensors", ".parquet"), recursive), failures.add)
+        if not found:
+            failures.finish(0, "files of tokens or latents")
+        source = find_tokenizer_of(found[0], model, revision)
         if not allow_revision_mismatch:
-            check_same_model(shards[0].origin, source)
-        settings = RunSettings(batch_size, device, dtype, tiling, tile_size, tile_overlap)
-        done = len(list(decode_files(settings.load(source), shards, output, failures.add, batch_size)))
+            check_same_model(found[0], source)
+        settings = RunSettings(batch_size, device, dtype, tiling, tile_size, tile_overlap, encoder)
+        done = len(list(decode_files(settings.load(source), found, output, failures.add, batch_size)))
         typer.echo(f"{output}: {done} pictures")
         failures.finish(done, "pictures")
+
+
+@app.command()
+def codebook(
+    paths: Pictures,
+    model: Model,
+    output: Output,
+    codes: Annotated[int, typer.Option(min=1, help="How many of the most used codes to show.")] = 64,
+    patches: Annotated[int, typer.Option(min=1, help="Patches to show for each code, of as many pictures.")] = 8,
+    batch_size: BatchSize = 8,
+    device: Device = None,
+    dtype: ModelDtype = Dtype.float32,
+    tiling: Tiling = False,
+    tile_size: TileSize = None,
+    tile_overlap: TileOverlap = None,
+    encoder: Encoder = None,
+    revision: Revision = None,
+    image_column: ImageColumn = "image",
+    recursive: Recursive = False,
+) -> None:
+    """Show what the codes of a discrete tokenizer stand for, and how often pictures use them."""
+    with user_errors():
+        from .codebooks import study_codebooks, write_codebook_study
+        from .folders import check_output, find_pictures
+        from .hub import find_tokenizer
+
+        check_output(output)
+        failures = Failures()
+        files = find_pictures(paths, failures.add, recursive, output, image_column)
+        source = find_tokenizer(model, revision)
+        settings = RunSettings(batch_size, device, dtype, tiling, tile_size, tile_overlap, encoder)
+        tokenizer = settings.load(source)
+        study = study_codebooks(tokenizer, files, failures.add, batch_size, patches)
+        if study.num_pictures:
+            header = _report_header(source) | {"settings": settings.describe(tokenizer)}
+            patch_size = tokenizer.config["patch_size"]
+            written = write_codebook_study(study, files, patch_size, output, failures.add, header, codes)
+            _print_usage(study.counters)
+            typer.echo("\n".join(map(str, written)))
+        failures.finish(study.num_pictures, "pictures")
 
 
 @contextmanager
@@ -330,7 +396,7 @@ def _report_header(source: "TokenizerFiles") -> dict[str, Any]:
     }
 
 
-def _print_metrics(rows: list[dict[str, Any]], summary: dict[str, float], output: Path) -> None:
+def _print_metrics(rows: list[dict[str, Any]], summary: dict[str, float]) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -345,9 +411,20 @@ def _print_metrics(rows: list[dict[str, Any]], summary: dict[str, float], output
     table.add_section()
     table.add_row(f"mean of {len(rows)} pictures", "", f"{summary['psnr']:.2f}", _number(summary["ssim"]))
     table.add_row("pooled over all pixels", "", f"{summary['psnr_pooled']:.2f}", "")
-    console = Console()
-    console.print(table)
-    console.print(Text(f"Written to {output}", overflow="fold"))
+    Console().print(table)
+
+
+def _print_usage(counters: Mapping[str, "CodeCounter"]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("codebook", "codes", "used", "perplexity", "tokens")
+    for name, counter in counters.items():
+        usage = counter.compute()
+        share, numbers = f"{usage.usage:.1%}", (f"{usage.perplexity:,.1f}", f"{usage.num_tokens:,}")
+        table.add_row(name, f"{usage.codebook_size:,}", share, *numbers)
+    if counters:
+        Console().print(table)
 
 
 def _number(value: float) -> str:

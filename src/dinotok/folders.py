@@ -4,16 +4,19 @@ import os
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 import torch
 from PIL import Image
 
 from .image_processor import ImageProcessor
+from .picture_tables import PictureTable
+from .shards import is_safe_name
 
 _SUFFIXES = "avif bmp gif jfif jp2 jpe jpeg jpg pgm png ppm tif tiff webp"
 PICTURE_SUFFIXES = tuple(f".{suffix}" for suffix in _SUFFIXES.split())
+TABLE_SUFFIX = ".parquet"
 # The overview that a run writes beside its pictures.
 SHEET_NAME = "sheet.png"
 
@@ -27,10 +30,14 @@ class FoundFile:
     Attributes:
         path: Absolute.
         name: Relative to the folder that all inputs have in common, with `/`, unique in its run, always valid UTF-8.
+        row: Which row of a parquet file it is; None for a file of its own.
+        column: Where the parquet file has its pictures.
     """
 
     path: Path
     name: str
+    row: int | None = None
+    column: str = "image"
 
 
 @dataclass(frozen=True)
@@ -40,7 +47,7 @@ class Picture:
     Attributes:
         name: As `FoundFile.name`.
         size: `(height, width)` before padding.
-        values: Its pixels `(3, H, W)` or latents `(C, h, w)`, padded.
+        values: Its pixels `(3, H, W)`, latents `(C, h, w)` or indices `(codebooks, h, w)`, padded.
     """
 
     name: str
@@ -87,6 +94,48 @@ def find_files(
     return [FoundFile(path, name) for path, name in zip(found, names, strict=True)]
 
 
+def find_pictures(
+    paths: Iterable[str | os.PathLike[str]],
+    on_failure: OnFailure,
+    recursive: bool = False,
+    exclude: str | os.PathLike[str] | None = None,
+    column: str = "image",
+) -> list[FoundFile]:
+    """List pictures: files, files in folders, and rows of parquet files such as `datasets` writes.
+
+    A row is named by the path it carries, if that is a relative one without `..`, else by its file and number, as
+    `train-000012`; either way in the folder of the parquet file.
+
+    Args:
+        paths: As in `find_files`.
+        on_failure: Called with the name and the error of a parquet file that cannot be used.
+        recursive: As in `find_files`.
+        exclude: As in `find_files`.
+        column: Where parquet files have their pictures.
+
+    Returns:
+        The pictures, with unique names; the rows of a file are in their order.
+
+    Raises:
+        OSError: As `find_files`.
+        ValueError: If no file is found.
+    """
+    pictures: list[FoundFile] = []
+    for file in find_files(paths, (*PICTURE_SUFFIXES, TABLE_SUFFIX), recursive, exclude):
+        if file.path.suffix.lower() != TABLE_SUFFIX:
+            pictures.append(file)
+            continue
+        try:
+            row_paths = PictureTable(file.path, column).paths()
+        except (ValueError, OSError) as error:
+            on_failure(file.name, error)
+            continue
+        for row, path in enumerate(row_paths):
+            pictures.append(FoundFile(file.path, _row_name(file.name, row, path), row, column))
+    names = _unique(picture.name for picture in pictures)
+    return [replace(picture, name=name) for picture, name in zip(pictures, names, strict=True)]
+
+
 def png_names(names: Sequence[str]) -> list[str]:
     """Name the PNG file of every picture, so that no two are the same, not even where case does not count.
 
@@ -113,7 +162,7 @@ def check_output(output: Path, files: Sequence[FoundFile] = ()) -> None:
     """
     if output.exists() and not output.is_dir():
         raise ValueError(f"output={str(output)!r} is a file, not a folder.")
-    sources = {os.path.realpath(file.path) for file in files}
+    sources = {os.path.realpath(path) for path in {file.path for file in files}}
     for name in (*png_names([file.name for file in files]), SHEET_NAME):
         if os.path.realpath(output / name) in sources:
             raise ValueError(f"{str(output / name)!r} is an input and would be overwritten; choose another --output.")
@@ -123,16 +172,22 @@ def read_pictures(files: Iterable[FoundFile], processor: ImageProcessor, on_fail
     """Read pictures one after the other; what cannot be read is reported and left out.
 
     Args:
-        files: What to read.
+        files: From `find_files` or `find_pictures`.
         processor: Pads to whole patches.
         on_failure: Called with the name and the error.
 
     Yields:
         Pixels `(3, H, W)` in [-1, 1].
     """
+    table: PictureTable | None = None
     for file in files:
         try:
-            pixels = processor.preprocess(file.path)
+            if file.row is None:
+                pixels = processor.preprocess(file.path)
+            else:
+                if table is None or table.path != file.path:
+                    table = PictureTable(file.path, file.column)
+                pixels = processor.preprocess(table.picture(file.row))
         except (ValueError, OSError) as error:
             on_failure(file.name, error)
             continue
@@ -140,18 +195,18 @@ def read_pictures(files: Iterable[FoundFile], processor: ImageProcessor, on_fail
 
 
 def equal_batches(pictures: Iterable[Picture], batch_size: int) -> Iterator[list[Picture]]:
-    """Group consecutive pictures of one shape; their order stays, and one batch is in memory at a time.
+    """Group consecutive pictures of one shape and dtype; their order stays, and one batch is in memory at a time.
 
     Args:
         pictures: Of any shapes.
         batch_size: Pictures per batch, at most.
 
     Yields:
-        Between 1 and `batch_size` pictures whose `values` have the same shape.
+        Between 1 and `batch_size` pictures whose `values` can be stacked.
     """
     batch: list[Picture] = []
     for picture in pictures:
-        if batch and picture.values.shape != batch[0].values.shape:
+        if batch and (picture.values.shape, picture.values.dtype) != (batch[0].values.shape, batch[0].values.dtype):
             yield batch
             batch = []
         batch.append(picture)
@@ -192,6 +247,13 @@ def _files_in(folder: Path, suffixes: Collection[str], recursive: bool, excluded
                 yield Path(parent, name)
 
 
+def _row_name(table: str, row: int, path: str | None) -> str:
+    stem = PurePosixPath(table).with_suffix("")
+    if path is None or not is_safe_name(path):
+        return f"{stem}-{row:06d}"
+    return str(stem.parent / path)
+
+
 def _picture_suffix(name: str) -> str:
     suffix = PurePosixPath(name).suffix
     return suffix if suffix.lower() in PICTURE_SUFFIXES else ""
@@ -205,13 +267,15 @@ def _printable(path: Path) -> str:
 def _unique(names: Iterable[str], taken: Iterable[str] = ()) -> list[str]:
     """Append -2, -3, ... before the suffix of names that are taken already, upper and lower case being the same."""
     used = {name.casefold() for name in taken}
+    last: dict[str, int] = {}  # where to go on counting: ten thousand rows may have one name
     result = []
     for name in names:
         stem, suffix = os.path.splitext(name)
-        number, candidate = 1, name
+        number, candidate = last.get(name.casefold(), 1), name
         while candidate.casefold() in used:
             number += 1
             candidate = f"{stem}-{number}{suffix}"
+        last[name.casefold()] = number
         used.add(candidate.casefold())
         result.append(candidate)
     return result

@@ -3,15 +3,14 @@
 import json
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from . import __version__
 from .folders import Picture, writing
+from .shards import ModelOrigin, Shard, check_format, check_has_no_shards, check_picture, parsing_metadata
 
 FORMAT = "dinotok-latents"
 FORMAT_VERSION = "1"
@@ -19,46 +18,10 @@ FORMAT_VERSION = "1"
 MAX_SHARD_BYTES = 512 * 2**20
 
 
-@dataclass(frozen=True)
-class LatentsOrigin:
-    """What made the latents of a shard.
-
-    Attributes:
-        model: Folder or repository, as the user named it.
-        revision: Commit of the repository, or digest of the folder.
-        digest: Digest of the model's files, wherever they are: what `decode` compares.
-        class_name: Of the model.
-        patch_size: Pixels per latent on each side.
-        settings: How it was run (dtype, tiles), for the record.
-    """
-
-    model: str
-    revision: str
-    digest: str
-    class_name: str
-    patch_size: int
-    settings: dict
-
-
-@dataclass(frozen=True)
-class Shard:
-    """A file of latents whose metadata was read and checked.
-
-    Attributes:
-        path: The file.
-        origin: What made it.
-        sizes: `(height, width)` of every picture, in the order they were written.
-    """
-
-    path: Path
-    origin: LatentsOrigin
-    sizes: dict[str, tuple[int, int]]
-
-
 def write_shards(
     pictures: Iterable[Picture],
     folder: str | os.PathLike[str],
-    origin: LatentsOrigin,
+    origin: ModelOrigin,
     shard_size: int = 256,
     dtype: torch.dtype = torch.float32,
 ) -> Iterator[Path]:
@@ -95,20 +58,6 @@ def write_shards(
         yield _write_shard(folder / f"latents-{number:05d}.safetensors", tensors, sizes, origin)
 
 
-def check_has_no_shards(folder: Path) -> None:
-    """Refuse a folder where shards of another run would be mixed with new ones.
-
-    Raises:
-        ValueError: If the folder has any.
-    """
-    present = sorted(folder.glob("latents-*.safetensors"))
-    if present:
-        raise ValueError(
-            f"{str(folder)!r} has {len(present)} shards already, first {present[0].name!r}: "
-            "remove them or choose another folder."
-        )
-
-
 def open_shard(path: str | os.PathLike[str]) -> Shard:
     """Read and check what a file of latents says about itself.
 
@@ -126,20 +75,9 @@ def open_shard(path: str | os.PathLike[str]) -> Shard:
     with _open(path) as file:
         metadata = file.metadata() or {}
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  no iterator
-    if metadata.get("format") != FORMAT:
-        raise ValueError(
-            f"{str(path)!r} is a safetensors file without latents: its metadata has no format={FORMAT!r}."
-        )
-    if metadata.get("format_version") != FORMAT_VERSION:
-        raise ValueError(
-            f"{str(path)!r} has format_version={metadata.get('format_version')!r}, this dinotok ({__version__}) reads "
-            f"{FORMAT_VERSION!r}."
-        )
-    try:
+    check_format(path, metadata, FORMAT, FORMAT_VERSION, Shard.content)
+    with parsing_metadata(path):
         return _parse(path, metadata, shapes)
-    except (KeyError, TypeError, ValueError) as error:
-        reason = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
-        raise ValueError(f"The metadata of {str(path)!r} is damaged: {reason}.") from error
 
 
 def read_latents(shard: Shard) -> Iterator[Picture]:
@@ -160,7 +98,7 @@ def read_latents(shard: Shard) -> Iterator[Picture]:
 
 
 def _write_shard(
-    path: Path, tensors: dict[str, torch.Tensor], sizes: dict[str, tuple[int, int]], origin: LatentsOrigin
+    path: Path, tensors: dict[str, torch.Tensor], sizes: dict[str, tuple[int, int]], origin: ModelOrigin
 ) -> Path:
     pictures = {
         name: {"size": list(size), "padded_size": [side * origin.patch_size for side in tensors[name].shape[1:]]}
@@ -169,13 +107,7 @@ def _write_shard(
     metadata = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
-        "dinotok_version": __version__,
-        "model": origin.model,
-        "model_revision": origin.revision,
-        "model_digest": origin.digest,
-        "class_name": origin.class_name,
-        "patch_size": str(origin.patch_size),
-        "settings": json.dumps(origin.settings),
+        **origin.to_metadata(),
         "pictures": json.dumps(pictures),
     }
     with writing(path) as temporary:
@@ -194,32 +126,19 @@ def _open(path: Path):
 
 
 def _parse(path: Path, metadata: dict[str, str], shapes: dict[str, tuple[int, ...]]) -> Shard:
-    patch_size = int(metadata["patch_size"])
+    origin = ModelOrigin.from_metadata(metadata)
     pictures = json.loads(metadata["pictures"])
     if set(pictures) != set(shapes):
         raise ValueError(f"it lists {len(pictures)} pictures, the file has other ones ({len(shapes)} tensors)")
     sizes = {}
     for name, entry in pictures.items():
         height, width = entry["size"]
-        _check_name(name)
-        padded = tuple(side * patch_size for side in shapes[name][1:])
-        fits = len(padded) == 2 and 1 <= height <= padded[0] and 1 <= width <= padded[1]
-        if not fits or list(padded) != entry["padded_size"]:
-            raise ValueError(f"{name!r} is {height}x{width}, which does not fit its latents {shapes[name]}")
+        _, rows, columns = shapes[name]
+        padded = (rows * origin.patch_size, columns * origin.patch_size)
+        check_picture(name, (height, width), padded)
+        if list(padded) != entry["padded_size"]:
+            raise ValueError(
+                f"{name!r} is padded to {entry['padded_size']}, which does not fit latents {shapes[name]}"
+            )
         sizes[name] = (int(height), int(width))
-    origin = LatentsOrigin(
-        model=metadata["model"],
-        revision=metadata["model_revision"],
-        digest=metadata["model_digest"],
-        class_name=metadata["class_name"],
-        patch_size=patch_size,
-        settings=json.loads(metadata["settings"]),
-    )
     return Shard(path, origin, sizes)
-
-
-def _check_name(name: str) -> None:
-    """Refuse names that would be written outside the output folder: a shard may come from a stranger."""
-    parts = PurePosixPath(name).parts
-    if not parts or name.startswith("/") or ".." in parts or "\\" in name or ":" in parts[0] or "\0" in name:
-        raise ValueError(f"the picture name {name!r} is not a relative path inside a folder")

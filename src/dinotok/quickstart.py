@@ -14,7 +14,8 @@ from .image_processor import ImageProcessor
 from .metrics import ReconstructionMetrics
 from .models.autoencoder_dinotok import AutoencoderDINOTok
 from .pictures import SheetEntry, enlarge, pca_colors, sheet
-from .transcoding import decode_batch, encode_batch, scores_text, to_pictures
+from .reports import scores_text, to_pictures
+from .transcoding import decode_batch, encode_batch
 
 FIT_ON = ("astronaut.jpg", "hubble_deep_field.jpg", "retina.jpg", "rocket.jpg")
 HELD_OUT = ("chelsea.jpg", "coffee.jpg")

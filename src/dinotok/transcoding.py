@@ -1,18 +1,16 @@
 """Pictures to reconstructions, to files of latents, and back: the work of the commands, streamed."""
 
-import json
-import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 from .folders import (
-    SHEET_NAME,
+    TABLE_SUFFIX,
     FoundFile,
     OnFailure,
     Picture,
@@ -21,20 +19,17 @@ from .folders import (
     png_names,
     read_pictures,
     write_png,
-    writing,
 )
 from .hub import TokenizerFiles, find_tokenizer
 from .image_processor import ImageProcessor
-from .latent_files import LatentsOrigin, Shard, open_shard, read_latents, write_shards
+from .latent_files import open_shard, read_latents, write_shards
 from .metrics import ReconstructionMetrics
+from .models.discrete import DiscreteTokenizer
+from .models.quantizers import CodeCounter
 from .models.tokenizer_model import TokenizerModel
-from .pictures import SheetEntry, sheet, spread
-
-_NULL_NOTES = {
-    "psnr": "null is infinite: a picture was reconstructed exactly",
-    "psnr_pooled": "null is infinite: all pictures were reconstructed exactly",
-    "ssim": "null is not defined: a picture, or all of them, have a side below 11 pixels",
-}
+from .reports import to_pictures
+from .shards import ModelOrigin, Shard
+from .token_files import TokenShard, open_token_shard, read_tokens, write_token_shards
 
 
 def reconstruct_files(
@@ -44,16 +39,18 @@ def reconstruct_files(
     metrics: ReconstructionMetrics,
     on_failure: OnFailure,
     batch_size: int = 8,
+    counters: Mapping[str, CodeCounter] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Encode and decode pictures, and write what comes out as PNG files.
 
     Args:
-        model: Any tokenizer.
-        files: From `find_files`.
+        model: Any tokenizer; with a discrete one, pictures go through their codes.
+        files: From `find_pictures`.
         output: Folder of the results, named as `png_names` says.
         metrics: Sums all pictures up.
         on_failure: Called with the name and the error of a picture that cannot be read or reconstructed.
         batch_size: Consecutive pictures of one padded size that go through the model together, at most.
+        counters: From `code_counters`: count the codes of all pictures.
 
     Yields:
         For every picture: `file`, `output`, `height`, `width`, `psnr`, `ssim` and `mean_squared_error`.
@@ -65,10 +62,13 @@ def reconstruct_files(
     check_output(output, files)
     names = _output_names(files)
     processor = ImageProcessor.from_model(model)
-    pictures = read_pictures(_progress(files, "pictures"), processor, on_failure)
-    for batch in equal_batches(pictures, batch_size):
-        samples = decode_batch(model, encode_batch(model, _stack(batch)))
-        for picture, sample in _finite(batch, samples, on_failure):
+    for batch, latents in encoded_batches(model, files, on_failure, batch_size):
+        if isinstance(model, DiscreteTokenizer):
+            indices = indices_of_batch(model, latents)
+            for counter, plane in zip((counters or {}).values(), indices.unbind(1), strict=False):
+                counter.update(plane)
+            latents = _latents_of(model, indices)
+        for picture, sample in _finite(batch, decode_batch(model, latents), on_failure):
             height, width = picture.size
             (scores,) = metrics.update(sample[None, :, :height, :width], picture.values[None, :, :height, :width])
             _write_sample(processor, sample, picture, output / names[picture.name])
@@ -79,7 +79,7 @@ def encode_files(
     model: TokenizerModel,
     files: Sequence[FoundFile],
     output: Path,
-    origin: LatentsOrigin,
+    origin: ModelOrigin,
     on_failure: OnFailure,
     batch_size: int = 8,
     shard_size: int = 256,
@@ -89,7 +89,7 @@ def encode_files(
 
     Args:
         model: Any tokenizer.
-        files: From `find_files`.
+        files: From `find_pictures`.
         output: Folder of the shards; must not have any yet.
         origin: What the shards say about the model.
         on_failure: Called with the name and the error of a picture that cannot be read or encoded.
@@ -104,11 +104,45 @@ def encode_files(
         ValueError: If the folder has shards already.
         OSError: If a shard cannot be written.
     """
-    processor = ImageProcessor.from_model(model)
-    pictures = read_pictures(_progress(files, "pictures"), processor, on_failure)
-    yield from write_shards(
-        _encoded(model, pictures, batch_size, dtype, on_failure), output, origin, shard_size, dtype
-    )
+    batches = encoded_batches(model, files, on_failure, batch_size)
+    stored = (_finite(batch, latents.to(dtype), on_failure) for batch, latents in batches)  # float16 may overflow
+    pictures = (replace(picture, values=values) for pairs in stored for picture, values in pairs)
+    yield from write_shards(pictures, output, origin, shard_size, dtype)
+
+
+def encode_files_to_tokens(
+    model: TokenizerModel,
+    files: Sequence[FoundFile],
+    output: Path,
+    origin: ModelOrigin,
+    on_failure: OnFailure,
+    batch_size: int = 8,
+    shard_size: int = 4096,
+) -> Iterator[Path]:
+    """Write the tokens of pictures to parquet shards.
+
+    Args:
+        model: A discrete tokenizer.
+        files: As in `encode_files`, and so are the others.
+        output: As in `encode_files`.
+        origin: As in `encode_files`.
+        on_failure: As in `encode_files`.
+        batch_size: As in `encode_files`.
+        shard_size: Pictures per shard, at most.
+
+    Yields:
+        Every shard, once it is written.
+
+    Raises:
+        ValueError: If the model has no codebooks, or the folder has shards already.
+        OSError: If a shard cannot be written.
+    """
+    if not isinstance(model, DiscreteTokenizer):
+        raise ValueError(f"A {type(model).__name__} has no codebooks, so there are no tokens: encode to latents.")
+    batches = encoded_batches(model, files, on_failure, batch_size)
+    tokens = ((batch, indices_of_batch(model, latents)) for batch, latents in batches)
+    pictures = (replace(p, values=indices) for batch, rows in tokens for p, indices in zip(batch, rows, strict=True))
+    yield from write_token_shards(pictures, output, origin, model.codebook_sizes, shard_size)
 
 
 def decode_files(
@@ -117,7 +151,7 @@ def decode_files(
     """Write the pictures of shards as PNG files, in their original sizes.
 
     Args:
-        model: The tokenizer that made the latents.
+        model: The tokenizer that made what is in the shards.
         shards: From `open_shards`.
         output: Folder of the results, named as `png_names` says.
         on_failure: Called with the name and the error of a shard or picture that cannot be decoded.
@@ -131,14 +165,15 @@ def decode_files(
     """
     processor = ImageProcessor.from_model(model)
     for batch in equal_batches(_read_shards(model, shards, on_failure), batch_size):
-        samples = decode_batch(model, _stack(batch))
-        for picture, sample in _finite(batch, samples, on_failure):
+        values = _stack(batch)
+        latents = values if values.is_floating_point() else _latents_of(model, values)
+        for picture, sample in _finite(batch, decode_batch(model, latents), on_failure):
             _write_sample(processor, sample, picture, output / picture.name)
             yield output / picture.name
 
 
 def open_shards(files: Iterable[FoundFile], on_failure: OnFailure) -> list[Shard]:
-    """Open all shards that can be opened.
+    """Open all shards, of latents or tokens, that can be opened.
 
     Args:
         files: From `find_files`.
@@ -150,26 +185,33 @@ def open_shards(files: Iterable[FoundFile], on_failure: OnFailure) -> list[Shard
     Raises:
         ValueError: If they belong to more than one model.
     """
-    shards = []
+    shards: list[Shard] = []
     for file in files:
         try:
-            shards.append(open_shard(file.path))
+            shards.append(open_shard_file(file.path))
         except (ValueError, OSError) as error:
             on_failure(file.name, error)
     origins = {shard.origin.digest: shard for shard in reversed(shards)}
     if len(origins) > 1:
         found = ", ".join(f"{s.path.name!r} by {_describe(s.origin)}" for s in origins.values())
-        raise ValueError(f"The latents were made by {len(origins)} models ({found}): decode them one by one.")
+        raise ValueError(
+            f"The {shards[0].content} were made by {len(origins)} models ({found}): decode them one by one."
+        )
     return shards
 
 
-def find_tokenizer_of(origin: LatentsOrigin, model: str | None = None, revision: str | None = None) -> TokenizerFiles:
-    """Find the tokenizer that made latents, where they say it is or where it is now.
+def open_shard_file(path: Path) -> Shard:
+    """Open a shard of tokens or of latents, which its suffix tells; see `open_token_shard` and `open_shard`."""
+    return open_token_shard(path) if path.suffix.lower() == TABLE_SUFFIX else open_shard(path)
+
+
+def find_tokenizer_of(shard: Shard, model: str | None = None, revision: str | None = None) -> TokenizerFiles:
+    """Find the tokenizer that made a shard, where it says it is or where it is now.
 
     Args:
-        origin: Of the shards.
+        shard: One of those to decode.
         model: Where to look instead.
-        revision: Which one of that repository; by default the one that made the latents.
+        revision: Which one of that repository; by default the one that made the shard.
 
     Returns:
         The tokenizer; `check_same_model` tells whether it is the right one.
@@ -178,6 +220,7 @@ def find_tokenizer_of(origin: LatentsOrigin, model: str | None = None, revision:
         OSError: If it cannot be found.
         ValueError: If what is there is no tokenizer.
     """
+    origin = shard.origin
     on_hub = not origin.revision.startswith("sha256:")
     if revision is None and on_hub and model in (None, origin.model) and not os.path.isdir(origin.model):
         revision = origin.revision
@@ -186,23 +229,23 @@ def find_tokenizer_of(origin: LatentsOrigin, model: str | None = None, revision:
     except OSError as error:
         if model is not None:
             raise
-        raise OSError(f"{error} The latents name it as their model; if it has moved, pass --model.") from error
+        raise OSError(f"{error} The {shard.content} name it as their model; if it has moved, pass --model.") from error
 
 
-def check_same_model(origin: LatentsOrigin, source: TokenizerFiles) -> None:
-    """Compare the model that made latents with the one that is to decode them.
+def check_same_model(shard: Shard, source: TokenizerFiles) -> None:
+    """Compare the model that made a shard with the one that is to decode it.
 
     Args:
-        origin: Of the shards.
+        shard: One of those to decode.
         source: The model at hand.
 
     Raises:
         ValueError: If their files differ; it names both.
     """
-    if origin.digest != source.digest:
+    if shard.origin.digest != source.digest:
         raise ValueError(
-            f"The latents were made by {_describe(origin)}, but {source.name!r} is {source.class_name} at revision "
-            f"{source.revision}: pictures would come out wrong. Pass the right --model, or "
+            f"The {shard.content} were made by {_describe(shard.origin)}, but {source.name!r} is {source.class_name} "
+            f"at revision {source.revision}: pictures would come out wrong. Pass the right --model, or "
             "--allow-revision-mismatch to decode nevertheless."
         )
 
@@ -214,77 +257,42 @@ def encode_batch(model: TokenizerModel, pixels: torch.Tensor) -> torch.Tensor:
 
 
 @torch.inference_mode()
+def indices_of_batch(model: DiscreteTokenizer, latents: torch.Tensor) -> torch.Tensor:
+    """Return the indices `(B, codebooks, h, w)` of latents `(B, C, h, w)`."""
+    return model.quantize(latents).indices
+
+
+@torch.inference_mode()
 def decode_batch(model: TokenizerModel, latents: torch.Tensor) -> torch.Tensor:
     """Return the pixels `(B, 3, H, W)` of latents `(B, C, h, w)`, float32 on the CPU."""
     return model.decode(latents.to(model.device)).sample.float().cpu()
 
 
-def write_report(
-    path: Path,
-    rows: list[dict[str, Any]],
-    failures: list[dict[str, str]],
-    summary: dict[str, float] | None,
-    header: dict[str, Any],
-) -> None:
-    """Write what a run measured as JSON, where numbers that JSON cannot express are null.
+def encoded_batches(
+    model: TokenizerModel, files: Iterable[FoundFile], on_failure: OnFailure, batch_size: int
+) -> Iterator[tuple[list[Picture], torch.Tensor]]:
+    """Read and encode pictures batch by batch, without those that cannot be read or encoded.
 
     Args:
-        path: Written whole or not at all.
-        rows: Of `reconstruct_files`.
-        failures: `file` and `reason`.
-        summary: Of `ReconstructionMetrics.compute`; None if nothing was reconstructed.
-        header: Model and settings; comes first.
+        model: Any tokenizer.
+        files: From `find_pictures`.
+        on_failure: Called with the name and the error of every other picture.
+        batch_size: As in `reconstruct_files`.
+
+    Yields:
+        Pictures, their pixels of one shape, and their latents `(B, C, h, w)`, on the model's device.
     """
-    tables = [values for values in (summary, *rows) if values]
-    nulls = {key for values in tables for key, value in values.items() if not _is_json(value)}
-    report = {
-        **header,
-        "summary": None if summary is None else _json_values(summary),
-        "notes": {key: note for key, note in _NULL_NOTES.items() if key in nulls},
-        "failures": failures,
-        "pictures": [_json_values(row) for row in rows],
-    }
-    with writing(path) as temporary:
-        temporary.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    pictures = read_pictures(_progress(files, "pictures"), ImageProcessor.from_model(model), on_failure)
+    for batch in equal_batches(pictures, batch_size):
+        pairs = list(_finite(batch, encode_batch(model, _stack(batch)), on_failure))
+        if pairs:
+            yield [picture for picture, _ in pairs], torch.stack([latents for _, latents in pairs])
 
 
-def write_reconstruction_sheet(
-    rows: Sequence[dict[str, Any]], files: Sequence[FoundFile], output: Path, limit: int
-) -> Path:
-    """Draw originals beside their reconstructions, for pictures spread over a run.
-
-    Args:
-        rows: Of `reconstruct_files`, not empty.
-        files: What they were made from.
-        output: Folder of the reconstructions and of the sheet.
-        limit: Pictures on the sheet, at most.
-
-    Returns:
-        The sheet's path.
-    """
-    paths = {file.name: file.path for file in files}
-    processor = ImageProcessor(patch_size=1)
-    entries = []
-    for index in spread(len(rows), limit):
-        row = rows[index]
-        pair = to_pictures(processor, processor.preprocess([paths[row["file"]], output / row["output"]]))
-        entries.append(SheetEntry([row["file"], scores_text(row)], pair))
-    path = output / SHEET_NAME
-    write_png(sheet(["original", "reconstruction"], entries, columns=1 if len(entries) <= 3 else 2), path)
-    return path
-
-
-def scores_text(row: dict[str, Any]) -> str:
-    """Size, PSNR and SSIM of a picture, in words."""
-    similarity = "not defined" if math.isnan(row["ssim"]) else f"{row['ssim']:.3f}"
-    return f"{row['width']}x{row['height']}, PSNR {row['psnr']:.2f} dB, SSIM {similarity}"
-
-
-def to_pictures(
-    processor: ImageProcessor, pixels: torch.Tensor, sizes: Sequence[tuple[int, int]] | None = None
-) -> list[Image.Image]:
-    """Return pixels `(B, 3, H, W)` as pictures, cropped as `ImageProcessor.postprocess` does."""
-    return cast("list[Image.Image]", processor.postprocess(pixels, "pil", sizes))
+def code_counters(model: TokenizerModel) -> dict[str, CodeCounter]:
+    """Return a counter for every codebook, by its name; none for a continuous tokenizer."""
+    sizes = model.codebook_sizes if isinstance(model, DiscreteTokenizer) else {}
+    return {name: CodeCounter(size) for name, size in sizes.items()}
 
 
 def _output_names(files: Sequence[FoundFile]) -> dict[str, str]:
@@ -313,37 +321,45 @@ def _finite(
             on_failure(picture.name, ValueError(message))
 
 
-def _encoded(
-    model: TokenizerModel, pictures: Iterable[Picture], batch_size: int, dtype: torch.dtype, on_failure: OnFailure
-) -> Iterator[Picture]:
-    for batch in equal_batches(pictures, batch_size):
-        latents = encode_batch(model, _stack(batch)).to(dtype)  # float16 may overflow
-        for picture, values in _finite(batch, latents, on_failure):
-            yield Picture(picture.name, picture.size, values)
-
-
 def _read_shards(model: TokenizerModel, shards: Sequence[Shard], on_failure: OnFailure) -> Iterator[Picture]:
-    """All latents in order, named by the PNG files they become: pictures of several shards may share a name."""
+    """All content in order, named by the PNG files it becomes: pictures of several shards may share a name."""
     names = png_names([name for shard in shards for name in shard.sizes])
     first = 0
     for shard in _progress(shards, "shards"):
         try:
-            for name, picture in zip(names[first:], read_latents(shard), strict=False):
-                _check_latents(model, shard, picture)
-                yield Picture(name, picture.size, picture.values.float())
+            _check_fits(model, shard)
+            for name, picture in zip(names[first:], _read_shard(model, shard), strict=False):
+                yield replace(picture, name=name)
         except (ValueError, OSError) as error:
             on_failure(shard.path.name, error)
         first += len(shard.sizes)
 
 
-def _check_latents(model: TokenizerModel, shard: Shard, picture: Picture) -> None:
-    expected = (model.latent_channels, model.config["patch_size"])
-    found = (picture.values.shape[0], shard.origin.patch_size)
-    if found != expected:
-        raise ValueError(
-            f"{picture.name!r} has {found[0]} latent channels and patch_size={found[1]}; "
-            f"the model has {expected[0]} and {expected[1]}."
-        )
+def _read_shard(model: TokenizerModel, shard: Shard) -> Iterator[Picture]:
+    if isinstance(shard, TokenShard):
+        yield from read_tokens(shard)
+        return
+    for picture in read_latents(shard):
+        if picture.values.shape[0] != model.latent_channels:
+            channels = f"{picture.values.shape[0]} latent channels, the model has {model.latent_channels}"
+            raise ValueError(f"{picture.name!r} has {channels}.")
+        yield replace(picture, values=picture.values.float())
+
+
+def _check_fits(model: TokenizerModel, shard: Shard) -> None:
+    """With another model's revision allowed, it may be another kind of model altogether."""
+    patch_size = model.config["patch_size"]
+    if shard.origin.patch_size != patch_size:
+        raise ValueError(f"It has patch_size={shard.origin.patch_size}, the model {patch_size}.")
+    if isinstance(shard, TokenShard):
+        sizes = {name: len(counter.counts) for name, counter in code_counters(model).items()}
+        if list(sizes.values()) != list(shard.codebook_sizes.values()):
+            raise ValueError(f"It has tokens of codebooks with {shard.codebook_sizes} codes, the model has {sizes}.")
+
+
+@torch.inference_mode()
+def _latents_of(model: TokenizerModel, indices: torch.Tensor) -> torch.Tensor:
+    return cast("DiscreteTokenizer", model).indices_to_latents(indices.to(model.device))
 
 
 def _write_sample(processor: ImageProcessor, sample: torch.Tensor, picture: Picture, path: Path) -> None:
@@ -351,13 +367,5 @@ def _write_sample(processor: ImageProcessor, sample: torch.Tensor, picture: Pict
     write_png(image, path)
 
 
-def _describe(origin: LatentsOrigin) -> str:
+def _describe(origin: ModelOrigin) -> str:
     return f"{origin.model!r}, {origin.class_name} at revision {origin.revision}"
-
-
-def _is_json(value: Any) -> bool:
-    return not isinstance(value, float) or math.isfinite(value)
-
-
-def _json_values(values: dict[str, Any]) -> dict[str, Any]:
-    return {key: value if _is_json(value) else None for key, value in values.items()}
