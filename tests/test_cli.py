@@ -1,6 +1,4 @@
 import json
-import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -404,23 +402,6 @@ def test_a_parquet_file_of_pictures_is_a_folder_of_them(photos, discrete_model, 
     run("reconstruct", *(photos / name for name in names), *model, "--output", tmp_path / "files", "--sheet", 0)
     assert_same_pictures(tmp_path / "out", tmp_path / "files")
     run("codebook", tmp_path / "set", *model, *column, "--output", tmp_path / "codebooks")
-
-
-def test_the_page_about_tokens_runs_as_it_stands(photos, discrete_model, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    for name in ("first", "second"):
-        save_picture(Path("photographs") / f"{name}.jpg", 48, 48)
-    shutil.copytree(discrete_model, "my-vq-tokenizer")
-    page = (Path(__file__).parents[1] / "docs" / "tokens.md").read_text("utf-8")
-    commands, code = (re.search(rf"```{kind}\n(.*?)```", page, re.DOTALL)[1] for kind in ("bash", "python"))
-    for line in commands.splitlines():
-        run(*shlex.split(line)[1:])
-    names = {}
-    exec(code, names)
-    assert names["indices"].shape == (2, 3, 3) and names["indices"].dtype == torch.int64
-    assert_same_pictures(Path("outputs/pictures"), Path("outputs/decoded"))
-    assert Path("outputs/codebooks/semantic-codes.png").is_file()
 
 
 # Errors of the user: one line on stderr, status 2
