@@ -117,9 +117,7 @@ def measure(autoencoder, config: dict, data: dict, steps: int) -> dict:
     scale = model.latents_std[:deep].view(1, -1, 1, 1)
     original, approximate = (z[:, :deep].float() * scale for z in (data["val latents"], codes))
     error = (original - approximate).square().sum() / (original - original.mean((0, 2, 3), True)).square().sum()
-    counters = [CodeCounter(config["semantic_codebook_size"])]
-    if model.has_texture_codebook:
-        counters.append(CodeCounter(config["texture_codebook_size"]))
+    counters = [CodeCounter(size) for size in model.codebook_sizes.values()]
     for number, counter in enumerate(counters):
         counter.update(indices[:, number])
     usage = [counter.compute().__dict__ for counter in counters]

@@ -201,10 +201,13 @@ class TokenizerModel(ModelMixin, AutoencoderMixin, ConfigMixin):
         Raises:
             ValueError: If the shape is another.
         """
-        if latents.ndim != 4 or latents.shape[1] != self.latent_channels:
-            raise ValueError(f"Latents must have shape (B, {self.latent_channels}, h, w), got {tuple(latents.shape)}.")
+        self._check_latents(latents)
         sample = self._sliced(self._decode_tiled, self.latents_affine.denormalize(latents))
         return DecoderOutput(sample=sample) if return_dict else (sample,)
+
+    def _check_latents(self, latents: torch.Tensor) -> None:
+        if latents.ndim != 4 or latents.shape[1] != self.latent_channels:
+            raise ValueError(f"Latents must have shape (B, {self.latent_channels}, h, w), got {tuple(latents.shape)}.")
 
     def forward(self, sample: torch.Tensor, return_dict: bool = True) -> DecoderOutput | tuple[torch.Tensor, ...]:
         """Return the reconstruction of pixels, `decode(encode(sample).latent)`; the argument has diffusers' name."""

@@ -164,8 +164,7 @@ class VQModelDINOTok(AutoencoderDINOTok):
         Raises:
             ValueError: If the shape is another.
         """
-        if latents.ndim != 4 or latents.shape[1] != self.latent_channels:
-            raise ValueError(f"Latents must have shape (B, {self.latent_channels}, h, w), got {tuple(latents.shape)}.")
+        self._check_latents(latents)
         deep, texture = self._parts(latents)
         semantic = self.semantic_quantizer(deep)
         if not self.has_texture_codebook:
