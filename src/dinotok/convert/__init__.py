@@ -1,0 +1,1 @@
+"""Released checkpoints of other code bases, turned into folders that `from_pretrained` reads."""
