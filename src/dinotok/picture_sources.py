@@ -153,10 +153,11 @@ def _named_columns(dataset: Any, image_column: str, label_column: str | None) ->
 
     if dataset.features is None:
         return dataset
-    if image_column == _DEFAULT_IMAGE_COLUMN and image_column not in dataset.features:
-        pictures = [name for name, feature in dataset.features.items() if isinstance(feature, ImageFeature)]
-        if len(pictures) == 1:
-            dataset = dataset.rename_column(pictures[0], image_column)
+    pictures = [name for name, feature in dataset.features.items() if isinstance(feature, ImageFeature)]
+    for name in pictures:  # before anything else: renaming a streamed column decodes it
+        dataset = dataset.cast_column(name, ImageFeature(decode=False))
+    if image_column == _DEFAULT_IMAGE_COLUMN and image_column not in dataset.features and len(pictures) == 1:
+        dataset = dataset.rename_column(pictures[0], image_column)
     if label_column == DEFAULT_LABEL_COLUMN and label_column not in dataset.features and "cls" in dataset.features:
         dataset = dataset.rename_column("cls", label_column)
     allowed = {None, DEFAULT_LABEL_COLUMN, *dataset.features}
@@ -164,8 +165,6 @@ def _named_columns(dataset: Any, image_column: str, label_column: str | None) ->
     text = isinstance(dataset.features.get(label_column), Value) and dataset.features[label_column].dtype == "string"
     if text and isinstance(dataset, Dataset):
         dataset = dataset.class_encode_column(label_column)
-    if isinstance(dataset.features[image_column], ImageFeature):
-        dataset = dataset.cast_column(image_column, ImageFeature(decode=False))
     return dataset
 
 
