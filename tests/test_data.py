@@ -3,6 +3,8 @@
 import io
 import json
 import multiprocessing
+import os
+import signal
 import tarfile
 from dataclasses import replace
 from functools import partial
@@ -169,6 +171,17 @@ def test_workers_do_the_reading_and_end_with_the_iterator():
     batches = PictureLoader(table(), TRANSFORM, 4, num_workers=2).batches()
     next(batches)
     assert len(multiprocessing.active_children()) == 2
+    batches.close()
+    assert multiprocessing.active_children() == []
+
+
+@both_kinds
+def test_workers_leave_ctrl_c_to_the_process_that_started_them(kind, tmp_path):
+    batches = PictureLoader(source(kind, tmp_path), TRANSFORM, 4, num_workers=2).batches()
+    next(batches)
+    for worker in multiprocessing.active_children():
+        os.kill(worker.pid, signal.SIGINT)
+    assert len(list(islice(batches, 10))) == 10
     batches.close()
     assert multiprocessing.active_children() == []
 

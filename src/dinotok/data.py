@@ -96,8 +96,7 @@ class PictureLoader:
         buckets: Sequence[tuple[int, int]] | None = None,
     ):
         _check_numbers(batch_size, num_workers, rank, world_size, max_skipped_share)
-        self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
-        self.max_skipped_share = max_skipped_share
+        self.batch_size, self.max_skipped_share = batch_size, max_skipped_share
         self.num_seen, self.num_skipped = 0, 0
         self.num_samples: int | None = None
         self.steps_per_epoch: int | None = None

@@ -5,13 +5,11 @@ from collections.abc import Iterable, Iterator
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
-import torch
 from PIL import ExifTags, Image
-from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from .picture_order import Draw, PictureOrder, mix
-from .picture_samples import BatchShare, PictureReader, Sample, collate, rows_of
+from .picture_samples import BatchShare, PictureReader, Sample, collate, load, rows_of
 from .transforms import encoded_picture
 
 if TYPE_CHECKING:
@@ -53,14 +51,8 @@ class RowSource:
                 yield [Draw(0, row) for row in range(first, last)]
 
     def _load(self, plan: Iterable[list[Draw]], substitute: bool) -> Iterator[dict[str, Any]]:
-        loader = DataLoader(
-            _RowSamples(self.dataset, self.reader, substitute),
-            batch_sampler=plan,
-            num_workers=self.share.num_workers,
-            collate_fn=collate,
-            generator=torch.Generator(),  # else it draws a seed from the global one
-        )
-        return iter(loader)
+        samples = _RowSamples(self.dataset, self.reader, substitute)
+        return load(samples, self.share.num_workers, batch_sampler=plan, collate_fn=collate)
 
 
 class _RowSamples(TorchDataset):

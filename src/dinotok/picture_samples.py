@@ -1,10 +1,12 @@
 """Samples out of the rows of a data set, with a substitute for what cannot be read."""
 
-from collections.abc import Callable, Sequence
+import signal
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils.data import DataLoader
 
 from .picture_order import Draw, mix
 from .transforms import PictureTransform
@@ -128,6 +130,30 @@ def collate(samples: Sequence[Sample]) -> dict[str, Any]:
     return batch
 
 
+def load(dataset: Any, num_workers: int, **options: Any) -> Iterator[dict[str, Any]]:
+    """Iterate over a torch `DataLoader` that leaves the global random state alone, and Ctrl-C to this process."""
+    # Without a generator of its own it draws a seed from the global one.
+    generator = torch.Generator()
+    loader = DataLoader(
+        dataset, num_workers=num_workers, generator=generator, worker_init_fn=_ignore_interrupt, **options
+    )
+    return iter(loader)
+
+
+def check_columns(present: Collection[str], image_column: str, label_column: str | None) -> str | None:
+    """Return the label column, None if it is the default one and absent.
+
+    Raises:
+        ValueError: If it or the pictures are missing.
+    """
+    if label_column == DEFAULT_LABEL_COLUMN and label_column not in present:
+        label_column = None
+    for column in filter(None, (image_column, label_column)):
+        if column not in present:
+            raise ValueError(f"The data set has no column {column!r}, only {', '.join(present) or 'none'}.")
+    return label_column
+
+
 def undecoded(
     dataset: "Dataset | IterableDataset", image_column: str, label_column: str | None
 ) -> "tuple[Dataset | IterableDataset, str | None]":
@@ -148,17 +174,17 @@ def undecoded(
 
     dataset = dataset.with_format(None)
     features = dataset.features or dict.fromkeys(next(iter(dataset), {}))
-    if image_column not in features:
-        raise ValueError(f"The data set has no column {image_column!r}, only {', '.join(features) or 'none'}.")
-    if label_column not in features:
-        if label_column not in (None, DEFAULT_LABEL_COLUMN):
-            raise ValueError(f"The data set has no column {label_column!r}, only {', '.join(features)}.")
-        label_column = None
+    label_column = check_columns(features, image_column, label_column)
     _check_types(image_column, features[image_column], label_column, features.get(label_column))
     feature = features[image_column]
     if isinstance(feature, ImageFeature) and feature.decode:
         dataset = dataset.cast_column(image_column, ImageFeature(decode=False))
     return dataset.select_columns([image_column, *filter(None, [label_column])]), label_column
+
+
+def _ignore_interrupt(worker: int) -> None:
+    """Ctrl-C reaches the workers too; they are to serve the last step of a run that ends cleanly."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _check_types(image_column: str, image: Any, label_column: str | None, label: Any) -> None:

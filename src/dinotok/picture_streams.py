@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, get_worker_info
 from torch.utils.data import IterableDataset as TorchIterableDataset
+from torch.utils.data import get_worker_info
 
 from .picture_order import Draw, mix, permutation
-from .picture_samples import BatchShare, PictureReader, Sample, collate, rows_of
+from .picture_samples import BatchShare, PictureReader, Sample, collate, load, rows_of
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
@@ -57,7 +57,7 @@ class StreamSource:
         """Yield this process's part of global batch `start` and of all after it."""
         lanes = self.num_lanes // self.share.world_size
         workers = min(self.share.num_workers, lanes)  # one without a lane would have nothing to do
-        parts = _load(_LaneParts(self._stream, self.share, start, dict(self.shard_lengths)), workers)
+        parts = load(_LaneParts(self._stream, self.share, start, dict(self.shard_lengths)), workers, batch_size=None)
         while group := list(islice(parts, max(1, workers))):
             for part in group:
                 self.shard_lengths.update(part.pop("shard_lengths"))
@@ -65,7 +65,7 @@ class StreamSource:
 
     def once(self) -> Iterator[dict[str, Any]]:
         """Yield this process's part of all rows, shard after shard, without those that cannot be read."""
-        return _load(_PassBatches(self._stream, self.share), self.share.num_workers)
+        return load(_PassBatches(self._stream, self.share), self.share.num_workers, batch_size=None)
 
 
 class _Stream:
@@ -198,11 +198,6 @@ def _num_lanes(num_shards: int, share: BatchShare) -> int:
     while 2 * lanes <= most and share.global_batch_size % (2 * lanes) == 0:
         lanes *= 2
     return lanes
-
-
-def _load(parts: TorchIterableDataset, num_workers: int) -> Iterator[dict[str, Any]]:
-    # A generator of its own, else it draws a seed from the global one.
-    return iter(DataLoader(parts, batch_size=None, num_workers=num_workers, generator=torch.Generator()))
 
 
 def _worker() -> tuple[int, int]:
