@@ -176,7 +176,9 @@ def test_workers_do_the_reading_and_end_with_the_iterator():
 
 
 @both_kinds
-def test_workers_leave_ctrl_c_to_the_process_that_started_them(kind, tmp_path):
+def test_workers_leave_ctrl_c_to_the_process_that_started_them(kind, tmp_path, request):
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)  # it may be ignored where tests run
+    request.addfinalizer(partial(signal.signal, signal.SIGINT, previous))
     batches = PictureLoader(source(kind, tmp_path), TRANSFORM, 4, num_workers=2).batches()
     next(batches)
     for worker in multiprocessing.active_children():
