@@ -120,6 +120,18 @@ def test_gradients_are_finite_where_nothing_is_active(net):
     assert pixels.grad.tolist() == torch.zeros_like(pixels).tolist()
 
 
+@pytest.mark.parametrize("net", NETS)
+def test_faint_activations_count_as_much_as_strong_ones(net):
+    # Without biases every activation is proportional to the first layer's weight, and only directions are compared.
+    model, pair = random_lpips(net), make_pair()
+    for parameter in model.features.parameters():
+        if parameter.ndim == 1:
+            parameter.zero_()
+    expected = model(*pair)
+    model.features[0].weight.mul_(1e-5)
+    torch.testing.assert_close(model(*pair), expected, rtol=1e-3, atol=0)
+
+
 def test_gradients_agree_with_finite_differences():
     model = random_lpips("squeeze").double()
     pixels, target = (p.double() for p in make_pair(17, 19, batch_size=1))
