@@ -170,7 +170,8 @@ def validate(objective: Distillation, teacher: FrozenEncoder, loader: PictureLoa
         for name, parts in rows.items():
             for kind, what in enumerate(("class", "patches")):
                 found = torch.cat(parts)[:, kind]
-                accuracy = knn_accuracy(found[::2], truth[::2], found[1::2], truth[1::2])
+                voters = min(20, len(truth[::2]))
+                accuracy = knn_accuracy(found[::2], truth[::2], found[1::2], truth[1::2], voters)
                 scores[f"validation/{name}_knn_{what}"] = accuracy
     return scores
 
@@ -211,8 +212,9 @@ def main(options: DistillationOptions) -> FrozenEncoder:
             load_pictures(options.validation_dataset), centre, options.batch_size, label_column="label", **ranks
         )
 
-    teacher = FrozenEncoder.from_encoder(options.teacher).to(accelerator.device)
-    objective = Distillation(build_student(options.student), teacher).to(accelerator.device)
+    student = build_student(options.student)
+    teacher = FrozenEncoder.from_encoder(options.teacher, patch_size=student.patch_size).to(accelerator.device)
+    objective = Distillation(student, teacher).to(accelerator.device)
     decayed = [p for p in trainable(objective) if p.ndim > 1]
     others = [p for p in trainable(objective) if p.ndim <= 1]
     optimizer = torch.optim.AdamW(
