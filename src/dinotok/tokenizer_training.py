@@ -49,9 +49,9 @@ def build_tokenizer(model: str) -> tuple[TokenizerModel, bool]:
 
     Args:
         model: A tokenizer's folder, Hub repository or bundled name, to go on from; or a recipe: a JSON file, or the
-            name of a bundled configuration. A recipe has the class under `_class_name`, `encoder`, the folder or repository
-            of the frozen encoder, or `autoencoder`, the tokenizer that a `VQModelDINOTok` starts from, and any other
-            argument of the constructor.
+            name of a bundled configuration. A recipe has the class under `_class_name`, `encoder`, the folder or
+            repository of the frozen encoder, or `autoencoder`, the tokenizer that a `VQModelDINOTok` starts from, and
+            any other argument of the constructor.
 
     Returns:
         The tokenizer, and whether it is new, so that its closed-form parts are still to be fitted.
