@@ -43,12 +43,25 @@ _HUB_ARGUMENTS = ("token", "cache_dir", "local_files_only", "force_download", "s
 # Where the families keep their transformer blocks, their final norm, and what they have that features do not need.
 _BLOCK_PATHS = ("encoder.layer", "encoder.layers", "model.layer", "model.layers", "layers", "layer")
 _NORM_NAMES = ("layernorm", "norm", "post_layernorm")
+_CLASS_TOKEN_NAMES = ("cls_token", "class_embedding")
 _UNUSED_MODULES = ("pooler", "head")
 _WRAPPER_SEGMENTS = {"model", "encoder", "vision_model", "vit"}
 
 
 class EncoderUnavailableError(OSError):
     """The encoder's weights cannot be had: missing, gated, offline, or not the ones the tokenizer was made with."""
+
+
+class PrefixedFeatures(NamedTuple):
+    """One hidden state of an encoder, taken apart.
+
+    Attributes:
+        prefix: `(B, P, D)`: class token first, then registers; P is 0 for an encoder without any.
+        grid: `(B, D, h, w)`: the features of the patches.
+    """
+
+    prefix: torch.Tensor
+    grid: torch.Tensor
 
 
 class FrozenEncoder(nn.Module):
@@ -89,6 +102,7 @@ class FrozenEncoder(nn.Module):
         self.num_layers: int = config.num_hidden_layers
         self._blocks_path = _find(self.model, _BLOCK_PATHS, "transformer blocks")
         self._norm_name = _find(self.model, _NORM_NAMES, "final norm")
+        self.has_class_token = any(hasattr(self.model.embeddings, name) for name in _CLASS_TOKEN_NAMES)
         self._embedding_arguments = set(inspect.signature(self.model.embeddings.forward).parameters)
         self.requires_grad_(False)
         self.eval()
@@ -142,11 +156,29 @@ class FrozenEncoder(nn.Module):
         Raises:
             ValueError: If a size is not a multiple of `patch_size`, or a layer does not exist or none is named.
         """
+        return tuple(features.grid for features in self.with_prefix(pixels, layers))
+
+    def with_prefix(self, pixels: torch.Tensor, layers: Sequence[int] | None = None) -> tuple[PrefixedFeatures, ...]:
+        """Return what the call of the module returns, each grid with the tokens that stand before the patches.
+
+        Args:
+            pixels: `(B, 3, H, W)` in [-1, 1], as in `forward`.
+            layers: Likewise.
+
+        Returns:
+            Prefix tokens and grid of each of `layers`, in their order.
+
+        Raises:
+            ValueError: As `forward`.
+        """
         wanted = (self.num_layers,) if layers is None else tuple(layers)
         self._check_layers(wanted)
         hidden = self._hidden_states(pixels, set(wanted))
         grid = (pixels.shape[2] // self.patch_size, pixels.shape[3] // self.patch_size)
-        return tuple(_to_grid(hidden[layer], grid) for layer in wanted)
+        patches = grid[0] * grid[1]
+        return tuple(
+            PrefixedFeatures(hidden[layer][:, :-patches], _to_grid(hidden[layer], grid)) for layer in wanted
+        )
 
     def last_layers_sum(self, pixels: torch.Tensor, num_layers: int, also: Sequence[int] = ()) -> tuple:
         """Return the sum of the last `num_layers` hidden states, each after the final norm, then the layers of `also`.
