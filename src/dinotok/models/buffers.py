@@ -42,9 +42,7 @@ class ChannelAffine(Float32Module):
     mean: torch.Tensor
     std: torch.Tensor
 
-    def __init__(
-        self, mean: list[float], std: list[float], persistent: bool = False, grid: tuple[int, int] = (1, 1)
-    ):
+    def __init__(self, mean: list[float], std: list[float], persistent: bool = False, grid: tuple[int, int] = (1, 1)):
         super().__init__()
         for name, values in (("mean", mean), ("std", std)):
             tensor = torch.tensor(values, dtype=torch.float32).view(1, -1, *grid)

@@ -17,8 +17,8 @@ def sample_regions(values: Sequence[torch.Tensor], locations: torch.Tensor, weig
 
     Args:
         values: For every level, features `(B, h, w, heads, head_dim)`; sizes may differ between levels.
-        locations: `(B, Q, heads, levels, points, 2)`: x and y, where (0, 0) is the upper left corner of the picture and
-            (1, 1) the lower right one.
+        locations: `(B, Q, heads, levels, points, 2)`: x and y, where (0, 0) is the upper left corner of the
+            picture and (1, 1) the lower right one.
         weights: `(B, Q, heads, levels, points)`.
 
     Returns:

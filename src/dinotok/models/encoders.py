@@ -52,18 +52,6 @@ class EncoderUnavailableError(OSError):
     """The encoder's weights cannot be had: missing, gated, offline, or not the ones the tokenizer was made with."""
 
 
-class PrefixedFeatures(NamedTuple):
-    """One hidden state of an encoder, taken apart.
-
-    Attributes:
-        prefix: `(B, P, D)`: class token first, then registers; P is 0 for an encoder without any.
-        grid: `(B, D, h, w)`: the features of the patches.
-    """
-
-    prefix: torch.Tensor
-    grid: torch.Tensor
-
-
 class FrozenEncoder(nn.Module):
     """Feature grids of the hidden states of a frozen vision transformer.
 
@@ -83,6 +71,9 @@ class FrozenEncoder(nn.Module):
 
     Raises:
         ValueError: If `encoder_config` is not that of a plain vision transformer this class can run.
+
+    Attributes:
+        has_class_token: Whether the first of `tokens` is a class token.
     """
 
     def __init__(
@@ -156,17 +147,20 @@ class FrozenEncoder(nn.Module):
         Raises:
             ValueError: If a size is not a multiple of `patch_size`, or a layer does not exist or none is named.
         """
-        return tuple(features.grid for features in self.with_prefix(pixels, layers))
+        sequences = self.tokens(pixels, layers)
+        grid = (pixels.shape[2] // self.patch_size, pixels.shape[3] // self.patch_size)
+        return tuple(_to_grid(tokens, grid) for tokens in sequences)
 
-    def with_prefix(self, pixels: torch.Tensor, layers: Sequence[int] | None = None) -> tuple[PrefixedFeatures, ...]:
-        """Return what the call of the module returns, each grid with the tokens that stand before the patches.
+    def tokens(self, pixels: torch.Tensor, layers: Sequence[int] | None = None) -> tuple[torch.Tensor, ...]:
+        """Return the token sequences of the named hidden states, class and register tokens included, in one pass.
 
         Args:
-            pixels: `(B, 3, H, W)` in [-1, 1], as in `forward`.
+            pixels: As in `forward`.
             layers: Likewise.
 
         Returns:
-            Prefix tokens and grid of each of `layers`, in their order.
+            One `(B, P + h * w, hidden_size)` sequence for each of `layers`: the P prefix tokens, of which the class
+            token is the first where the backbone has one, then the patches in raster order.
 
         Raises:
             ValueError: As `forward`.
@@ -174,11 +168,7 @@ class FrozenEncoder(nn.Module):
         wanted = (self.num_layers,) if layers is None else tuple(layers)
         self._check_layers(wanted)
         hidden = self._hidden_states(pixels, set(wanted))
-        grid = (pixels.shape[2] // self.patch_size, pixels.shape[3] // self.patch_size)
-        patches = grid[0] * grid[1]
-        return tuple(
-            PrefixedFeatures(hidden[layer][:, :-patches], _to_grid(hidden[layer], grid)) for layer in wanted
-        )
+        return tuple(hidden[layer] for layer in wanted)
 
     def last_layers_sum(self, pixels: torch.Tensor, num_layers: int, also: Sequence[int] = ()) -> tuple:
         """Return the sum of the last `num_layers` hidden states, each after the final norm, then the layers of `also`.

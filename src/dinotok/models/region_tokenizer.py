@@ -128,11 +128,22 @@ class RegionTokenizerModel(TokenizerModel):
 
     def _levels(self, pixels: torch.Tensor) -> list[torch.Tensor]:
         """The features the queries look at: for every level `(B, D, h, w)`."""
-        resized = resize_for_encoder(pixels, self.config.encoder_image_size)
-        found = self.encoder.with_prefix(resized, self.config.levels)
-        if self.config.use_class_token:
-            return [level.grid + level.prefix[:, 0, :, None, None] for level in found]
-        return [level.grid for level in found]
+        levels = []
+        for tokens in self._tokens(pixels, self.config.levels):
+            features = self._patches(tokens)
+            levels.append(features + tokens[:, :1] if self.config.use_class_token else features)
+        side = self._encoder_grid
+        return [features.transpose(1, 2).unflatten(2, (side, side)) for features in levels]
+
+    def _tokens(self, pixels: torch.Tensor, levels: list[int] | None = None) -> tuple[torch.Tensor, ...]:
+        return self.encoder.tokens(resize_for_encoder(pixels, self.config.encoder_image_size), levels)
+
+    def _patches(self, tokens: torch.Tensor) -> torch.Tensor:
+        return tokens[:, -(self._encoder_grid**2) :]
+
+    @property
+    def _encoder_grid(self) -> int:
+        return self.config.encoder_image_size // self.encoder.patch_size
 
     def _encode(self, pixels: torch.Tensor) -> torch.Tensor:
         regions = self.sampler(self._levels(pixels))  # (B, rows * columns, hidden_size)
@@ -153,7 +164,8 @@ class RegionTokenizerModel(TokenizerModel):
         """Predict the frozen encoder's last layer from latents: what `target_feature_tokens` gives for pixels.
 
         Args:
-            latents: `(B, latent_channels, rows, columns)`, normalised; of a discrete tokenizer, `quantize(...).latents`.
+            latents: `(B, latent_channels, rows, columns)`, normalised; of a discrete tokenizer, those that
+                `quantize` gives.
 
         Returns:
             `(B, N, D)`: the class token, if the config uses it, then `position_grid ** 2` patches in raster order.
@@ -166,28 +178,30 @@ class RegionTokenizerModel(TokenizerModel):
         tokens = self.token_decoder.predict_features(regions)
         return tokens if self.config.use_class_token else tokens[:, 1:]
 
+    @torch.no_grad()
     def target_feature_tokens(self, pixels: torch.Tensor) -> torch.Tensor:
         """Return what semantic reconstruction predicts: the frozen encoder's last layer after its final norm.
 
-        The paper's loss is `1 - cosine_similarity(predicted, target, dim=-1)`, averaged over tokens.
+        The paper's loss is `1 - cosine_similarity(predicted, target, dim=-1)`, averaged over tokens. The target has no
+        gradient.
 
         Args:
             pixels: `(B, 3, image_size, image_size)` in [-1, 1].
 
         Returns:
-            `(B, N, D)`, as `predict_feature_tokens`. If the encoder's grid is not `position_grid`, it is resized to it.
+            `(B, N, D)`, as `predict_feature_tokens`. An encoder's grid that is not `position_grid` is resized to it.
 
         Raises:
             ValueError: If the shape is another.
         """
         self._check_pixels(pixels)
-        (last,) = self.encoder.with_prefix(resize_for_encoder(pixels, self.config.encoder_image_size))
-        side = self.config.position_grid
-        grid = last.grid
-        if grid.shape[2:] != (side, side):
-            grid = F.interpolate(grid.float(), size=(side, side), mode="bicubic", antialias=True).to(grid.dtype)
-        tokens = grid.flatten(2).transpose(1, 2)
-        return torch.cat([last.prefix[:, :1], tokens], dim=1) if self.config.use_class_token else tokens
+        (last,) = self._tokens(pixels)
+        patches, side = self._patches(last), self.config.position_grid
+        if side != self._encoder_grid:
+            grid = patches.transpose(1, 2).unflatten(2, (self._encoder_grid, self._encoder_grid)).float()
+            grid = F.interpolate(grid, size=(side, side), mode="bicubic", antialias=True)
+            patches = grid.flatten(2).transpose(1, 2).to(patches.dtype)
+        return torch.cat([last[:, :1], patches], dim=1) if self.config.use_class_token else patches
 
     def predict_features(self, latents: torch.Tensor) -> torch.Tensor:
         """Return the patches of `predict_feature_tokens` as a grid `(B, D, position_grid, position_grid)`."""
@@ -196,6 +210,13 @@ class RegionTokenizerModel(TokenizerModel):
     def target_features(self, pixels: torch.Tensor) -> torch.Tensor:
         """Return the patches of `target_feature_tokens` as a grid `(B, D, position_grid, position_grid)`."""
         return self._to_feature_grid(self.target_feature_tokens(pixels))
+
+    def freeze_feature_branch(self) -> None:
+        """Exclude from training what only the prediction of features uses, for a training without that loss."""
+        decoder = self.token_decoder
+        decoder.feature_mask_token.requires_grad_(False)
+        for part in (decoder.norm_features, decoder.feature_layers, decoder.feature_head):
+            part.requires_grad_(False)
 
     def _to_feature_grid(self, tokens: torch.Tensor) -> torch.Tensor:
         side = self.config.position_grid

@@ -355,7 +355,7 @@ def resize_positions(positions: torch.Tensor, side: int) -> torch.Tensor:
 def resize_for_encoder(pixels: torch.Tensor, side: int) -> torch.Tensor:
     """Resize pixels as the release does before its encoder: kornia's bicubic, corners aligned, antialiased by a blur.
 
-    The blur's deviation is (factor - 1) / 2 in pixels. At the released sizes (336 to 336, 256 to 224) it has no effect.
+    The blur's deviation is (factor - 1) / 2 in pixels: no effect at the released sizes, 336 to 336 and 256 to 224.
 
     Args:
         pixels: `(B, 3, H, W)` in [-1, 1].
