@@ -214,7 +214,7 @@ def read_latents_statistics(path: str | os.PathLike[str]) -> tuple[torch.Tensor,
     if not path.is_file():
         raise FileNotFoundError(f"{str(path)!r} does not exist or is not a file.")
     try:
-        with torch.serialization.safe_globals([*allowed, np.dtypes.Float32DType]):  # type: ignore[list-item]
+        with torch.serialization.safe_globals([*allowed, np.dtypes.Float32DType]):
             found = torch.load(path, map_location="cpu", weights_only=True)
         mean, std = (torch.as_tensor(found[name]).float() for name in ("mean", "var"))
     except (KeyError, TypeError) as error:

@@ -1,5 +1,6 @@
 """VFMAE: regions of a picture as one continuous latent (arXiv 2605.18390)."""
 
+import math
 from collections.abc import Iterable
 from typing import Any, Self
 
@@ -129,8 +130,7 @@ class AutoencoderVFMTok(RegionTokenizerModel):
         """
         if not per_position:
             return super().fit_latents_statistics(batches)
-        rows, columns = self.fixed_grid
-        moments = StreamingMoments(self.latent_channels * rows * columns, covariance=False)
+        moments = StreamingMoments(self.latent_channels * math.prod(self.config.query_grid), covariance=False)
         for pixels in self._pixel_batches(batches):
             moments.update(self._encode(pixels).flatten(1))
         moments.all_reduce()

@@ -117,7 +117,7 @@ class MultiScaleDeformableAttention(nn.Module):
         Returns:
             `(B, Q, hidden_size)`.
         """
-        with torch.autocast(queries.device.type, enabled=False):
+        with out_of_autocast(self.value_projection, queries.device):
             queries, *features = in_precision_of(self.value_projection, queries, *features)
             values = [self.value_projection(level).unflatten(-1, (self.num_heads, -1)) for level in features]
             gathered = sample_regions(values, *self.locations_and_weights(queries, reference_points, features))
@@ -147,6 +147,12 @@ class MultiScaleDeformableAttention(nn.Module):
         sizes = reference_points.new_tensor([[level.shape[2], level.shape[1]] for level in features], dtype=dtype)
         offsets = self.sampling_offsets(queries).to(dtype).unflatten(-1, (*shape, 2))
         return references + offsets / sizes[:, None], weights
+
+
+def out_of_autocast(layer: nn.Linear, device: torch.device) -> torch.autocast:
+    """Leave autocast for a while; not if weights are only stored in 8 bits, whose precision autocast has to choose."""
+    stays = layer.weight.dtype.itemsize == 1 and torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=stays)
 
 
 def in_precision_of(layer: nn.Linear, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
