@@ -80,7 +80,7 @@ def test_a_study_is_written_as_pictures_and_numbers(tmp_path):
         save_picture(tmp_path / "in" / f"{index}.png", 48, 40, seed=index)
     files = find_pictures([tmp_path / "in"], fail)
     study = study_codebooks(model, files, fail)
-    paths = write_codebook_study(study, files, 16, tmp_path / "out", fail, {"model": "m"}, codes=5)
+    paths = write_codebook_study(study, files, ImageProcessor(16), tmp_path / "out", fail, {"model": "m"}, codes=5)
     names = ["semantic-codes.png", "semantic-usage.png", "texture-codes.png", "texture-usage.png", "codebooks.json"]
     assert [path.name for path in paths] == names
     report = json.loads(paths[-1].read_text())
@@ -105,7 +105,7 @@ def test_patches_are_cut_with_their_surroundings_and_framed(tmp_path):
     study = study_codebooks(model, files, fail)
     code = model.encode_to_indices(ImageProcessor(16).preprocess(tmp_path / "x.png"))[0, 1, 1, 1].item()
     assert [(p.row, p.column) for p, _ in study.nearest["texture"].of(code)] == [(1, 1)]
-    crops = _cut({Place(0, 1, 1), Place(0, 0, 2)}, files, 16, fail)
+    crops = _cut({Place(0, 1, 1), Place(0, 0, 2)}, files, ImageProcessor(16), fail)
     padded = np.pad(array, ((16, 16), (16, 16), (0, 0)), constant_values=230)
     np.testing.assert_array_equal(crops[Place(0, 1, 1)], padded[16:, 16:64])
     np.testing.assert_array_equal(crops[Place(0, 0, 2)], padded[:48, 32:])

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dinotok import AutoencoderDINOTok, VQModelDINOTok
-from tests.conftest import TINY_DECODER, TINY_ENCODERS
+from dinotok import AutoencoderDINOTok, VQModelDINOTok, VQModelVFMTok
+from tests.conftest import TINY_DECODER, TINY_ENCODERS, randomize
 
 
 def tiny_tokenizer(seed: int = 0) -> AutoencoderDINOTok:
@@ -34,3 +34,19 @@ def tiny_discrete_tokenizer(seed: int = 0, **config) -> VQModelDINOTok:
     config = {"semantic_codebook_size": 16, "texture_codebook_size": 16, "rank": 8, **config}
     pixels = torch.rand(2, 3, 96, 96, generator=torch.Generator().manual_seed(seed)) * 2 - 1
     return VQModelDINOTok.from_autoencoder(tiny_tokenizer(seed), **config).fit([pixels])
+
+
+def tiny_region_tokenizer(seed: int = 0) -> VQModelVFMTok:
+    """Build a discrete tokenizer of 16 codes for pictures of 64 x 64 pixels, with 3 x 5 tokens."""
+    sizes = {f"{part}_intermediate_size": 24 for part in ("sampler", "decoder")}
+    sizes |= {f"{part}_num_layers": 1 for part in ("sampler", "decoder")}
+    model = VQModelVFMTok(
+        encoder_config=TINY_ENCODERS["dinov3_vit"],
+        codebook_size=16,
+        image_size=64,
+        query_grid=(3, 5),
+        hidden_size=32,
+        **sizes,
+        **TINY_DECODER,
+    )
+    return randomize(model, seed).eval()

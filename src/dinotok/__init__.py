@@ -7,6 +7,7 @@ __version__ = "0.1.0"
 
 _LOCATIONS = {
     "AutoencoderDINOTok": "models.autoencoder_dinotok",
+    "AutoencoderVFMTok": "models.autoencoder_vfmtok",
     "EncoderUnavailableError": "models.encoders",
     "FiniteScalarQuantizer": "models.finite_scalar_quantizer",
     "FrozenEncoder": "models.encoders",
@@ -14,6 +15,7 @@ _LOCATIONS = {
     "ImageProcessor": "image_processor",
     "QuantizerOutput": "models.quantizers",
     "VQModelDINOTok": "models.vq_model_dinotok",
+    "VQModelVFMTok": "models.vq_model_vfmtok",
     "VectorQuantizer": "models.quantizers",
     "config_path": "configs",
 }
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from .configs import config_path as config_path
     from .image_processor import ImageProcessor as ImageProcessor
     from .models.autoencoder_dinotok import AutoencoderDINOTok as AutoencoderDINOTok
+    from .models.autoencoder_vfmtok import AutoencoderVFMTok as AutoencoderVFMTok
     from .models.encoders import EncoderUnavailableError as EncoderUnavailableError
     from .models.encoders import FrozenEncoder as FrozenEncoder
     from .models.finite_scalar_quantizer import FiniteScalarQuantizer as FiniteScalarQuantizer
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
     from .models.quantizers import QuantizerOutput as QuantizerOutput
     from .models.quantizers import VectorQuantizer as VectorQuantizer
     from .models.vq_model_dinotok import VQModelDINOTok as VQModelDINOTok
+    from .models.vq_model_vfmtok import VQModelVFMTok as VQModelVFMTok
 
 
 def __getattr__(name: str) -> Any:

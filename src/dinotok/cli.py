@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .convert.cli import convert_app
+
 # torch, diffusers and what imports them wait until a command runs: `dinotok --help` is quick.
 if TYPE_CHECKING:
     from .hub import TokenizerFiles
@@ -24,6 +26,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_show_locals=False,
 )
+
+app.add_typer(convert_app, name="convert")
 
 SOME_FAILED, NOTHING_DONE = 1, 2
 _MAX_TABLE_ROWS = 20
@@ -187,7 +191,7 @@ def reconstruct(
         header = _report_header(source) | {"settings": settings.describe(tokenizer)}
         write_report(output / "metrics.json", rows, failures.entries, summary, header, counters)
         if rows and sheet:
-            write_reconstruction_sheet(rows, files, output, sheet)
+            write_reconstruction_sheet(rows, files, output, sheet, tokenizer.image_size)
         if summary is not None:
             _print_metrics(rows, summary)
             _print_usage(counters)
@@ -243,6 +247,7 @@ def encode(
             class_name=source.class_name,
             patch_size=tokenizer.config["patch_size"],
             settings=settings.describe(tokenizer),
+            image_size=tokenizer.image_size,
         )
         arguments = (tokenizer, files, output, origin, failures.add, batch_size)
         if tokens or (tokens is None and code_counters(tokenizer)):
@@ -317,6 +322,7 @@ def codebook(
         from .codebooks import study_codebooks, write_codebook_study
         from .folders import check_output, find_pictures
         from .hub import find_tokenizer
+        from .image_processor import ImageProcessor
 
         check_output(output)
         failures = Failures()
@@ -327,8 +333,8 @@ def codebook(
         study = study_codebooks(tokenizer, files, failures.add, batch_size, patches)
         if study.num_pictures:
             header = _report_header(source) | {"settings": settings.describe(tokenizer)}
-            patch_size = tokenizer.config["patch_size"]
-            written = write_codebook_study(study, files, patch_size, output, failures.add, header, codes)
+            processor = ImageProcessor.from_model(tokenizer)
+            written = write_codebook_study(study, files, processor, output, failures.add, header, codes)
             _print_usage(study.counters)
             typer.echo("\n".join(map(str, written)))
         failures.finish(study.num_pictures, "pictures")

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -94,11 +94,14 @@ class CodebookStudy:
         num_pictures: How many could be encoded.
         counters: How often each code is used, for every codebook.
         nearest: The patches nearest to each code, for every codebook.
+        fixed_grid: Rows and columns of every picture's tokens, of a model for one resolution. Its tokens stand for
+            regions; what is shown for one is the cell of the grid from which it looks around.
     """
 
     num_pictures: int
     counters: dict[str, CodeCounter]
     nearest: dict[str, NearestPatches]
+    fixed_grid: tuple[int, int] | None = None
 
 
 def study_codebooks(
@@ -123,7 +126,7 @@ def study_codebooks(
         raise ValueError(f"A {type(model).__name__} has no codebooks.")
     numbers = {file.name: number for number, file in enumerate(files)}
     nearest = {name: NearestPatches(size, patches) for name, size in model.codebook_sizes.items()}
-    study = CodebookStudy(0, code_counters(model), nearest)
+    study = CodebookStudy(0, code_counters(model), nearest, model.fixed_grid)
     done = 0
     for batch, latents in encoded_batches(model, files, on_failure, batch_size):
         indices = indices_of_batch(model, latents)  # (B, codebooks, h, w)
@@ -136,13 +139,13 @@ def study_codebooks(
             ):
                 nearest[name].update(numbers[picture.name], plane, plane_distances)
         done += len(batch)
-    return CodebookStudy(done, study.counters, nearest)
+    return replace(study, num_pictures=done)
 
 
 def write_codebook_study(
     study: CodebookStudy,
     files: Sequence[FoundFile],
-    patch_size: int,
+    processor: ImageProcessor,
     output: Path,
     on_failure: OnFailure,
     header: dict[str, Any],
@@ -156,7 +159,7 @@ def write_codebook_study(
     Args:
         study: From `study_codebooks`.
         files: What it was made from; the pictures that are shown are read again.
-        patch_size: Of the model.
+        processor: Of the model.
         output: The folder.
         on_failure: Called with the name and the error of a picture that cannot be read any more.
         header: Model and settings; comes first in the JSON.
@@ -171,7 +174,9 @@ def write_codebook_study(
         counts, order = counter.counts.sort(descending=True, stable=True)
         used = int((counts[:codes] > 0).sum())
         rows = [(code, count, study.nearest[name].of(code)) for code, count in _pairs(order[:used], counts[:used])]
-        crops = _cut({place for *_, found in rows for place, _ in found}, files, patch_size, on_failure)
+        crops = _cut(
+            {place for *_, found in rows for place, _ in found}, files, processor, on_failure, study.fixed_grid
+        )
         entries = [
             (code, count, [crops[place] for place, _ in found if place in crops]) for code, count, found in rows
         ]
@@ -267,22 +272,28 @@ def draw_usage(title: str, counts: Sequence[int]) -> Image.Image:
 
 
 def _cut(
-    places: Iterable[Place], files: Sequence[FoundFile], patch_size: int, on_failure: OnFailure
+    places: Iterable[Place],
+    files: Sequence[FoundFile],
+    processor: ImageProcessor,
+    on_failure: OnFailure,
+    fixed_grid: tuple[int, int] | None = None,
 ) -> dict[Place, Image.Image]:
     """Read the pictures of these patches again, and cut the patches out with what surrounds them."""
     wanted: dict[str, list[Place]] = {}
     for place in sorted(places):
         wanted.setdefault(files[place.picture].name, []).append(place)
-    processor = ImageProcessor(patch_size)
-    margin = _CONTEXT * patch_size
     crops = {}
     for picture in read_pictures([file for file in files if file.name in wanted], processor, on_failure):
         array = ((picture.values + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
-        array = np.pad(array, ((margin, margin), (margin, margin), (0, 0)), constant_values=230)
+        patch_size = processor.config["patch_size"]
+        rows, columns = fixed_grid or (array.shape[0] // patch_size, array.shape[1] // patch_size)
+        height, width = array.shape[0] / rows, array.shape[1] / columns
+        margins = (round(_CONTEXT * height), round(_CONTEXT * width))
+        array = np.pad(array, ((margins[0],) * 2, (margins[1],) * 2, (0, 0)), constant_values=230)
         for place in wanted[picture.name]:
-            top, left = place.row * patch_size, place.column * patch_size
-            side = patch_size + 2 * margin
-            crops[place] = Image.fromarray(array[top : top + side, left : left + side])
+            top, left = round(place.row * height), round(place.column * width)
+            bottom, right = top + round(height) + 2 * margins[0], left + round(width) + 2 * margins[1]
+            crops[place] = Image.fromarray(array[top:bottom, left:right])
     return crops
 
 

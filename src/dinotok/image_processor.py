@@ -1,4 +1,4 @@
-"""From pictures of any kind to pixels and back, by padding and cropping: nothing is ever resized."""
+"""From pictures of any kind to pixels and back, by padding and cropping; resized only if a model has one size."""
 
 import io
 import os
@@ -8,6 +8,7 @@ from typing import IO, Any, Self
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image, ImageOps
@@ -23,25 +24,31 @@ class ImageProcessor(VaeImageProcessor):
     A picture lies top-left in its pixels; the rest is its last row and column repeated. For every 8-bit RGB picture,
     `postprocess(preprocess(picture))` is the picture itself.
 
+    For a model of one resolution, `image_size` replaces all that: pictures are resized (bicubic, antialiased) so that
+    their shorter side has it, and the middle is cut out. They stay so.
+
     Args:
         patch_size: Side of a patch in pixels; the height and width of `preprocess` are multiples of it.
+        image_size: Height and width of all pixels; None to keep the size of the pictures.
 
     Attributes:
         sizes: `(height, width)` of every picture of the last `preprocess`, before padding.
         padded_size: `(height, width)` they were padded to, None before the first call.
 
     Raises:
-        ValueError: If `patch_size` is not a positive integer.
+        ValueError: If `patch_size` is not a positive integer, or `image_size` not a multiple of it.
     """
 
     # Beside a model's config.json, not over it.
     config_name = "preprocessor_config.json"
 
     @register_to_config
-    def __init__(self, patch_size: int = 16):
+    def __init__(self, patch_size: int = 16, image_size: int | None = None):
         # The parent's __init__ only registers resizing options, which a saved config would then warn about.
         if not isinstance(patch_size, int) or patch_size < 1:
             raise ValueError(f"patch_size={patch_size!r} is not a positive integer.")
+        if image_size is not None and (not isinstance(image_size, int) or image_size < 1 or image_size % patch_size):
+            raise ValueError(f"image_size={image_size!r} is not a positive multiple of patch_size={patch_size}.")
         self.sizes: list[tuple[int, int]] = []
         self.padded_size: tuple[int, int] | None = None
 
@@ -50,12 +57,12 @@ class ImageProcessor(VaeImageProcessor):
         """Make the processor of a tokenizer.
 
         Args:
-            model: Any model whose config has a `patch_size`.
+            model: Any model whose config has a `patch_size`, and perhaps an `image_size`.
 
         Returns:
-            A processor that pads to this patch size.
+            A processor that pads to this patch size, or resizes to this size.
         """
-        return cls(patch_size=model.config.patch_size)
+        return cls(patch_size=model.config.patch_size, image_size=getattr(model.config, "image_size", None))
 
     def preprocess(self, images: ImageInput | Sequence[ImageInput]) -> torch.Tensor:
         """Read, check, convert to RGB and pad one picture or several; remember their sizes for `postprocess`.
@@ -76,6 +83,8 @@ class ImageProcessor(VaeImageProcessor):
             OSError: If a file is missing or may not be read.
         """
         pictures = _read_all(images)
+        if self.config["image_size"] is not None:
+            pictures = [_fit(picture, self.config["image_size"]) for picture in pictures]
         self.sizes = [(picture.shape[0], picture.shape[1]) for picture in pictures]
         height, width = (_round_up(max(sides), self.config["patch_size"]) for sides in zip(*self.sizes, strict=True))
         self.padded_size = (height, width)
@@ -155,6 +164,19 @@ def read_rgb(name: str, source: str | os.PathLike[str] | bytes | Image.Image) ->
 
 def _round_up(side: int, multiple: int) -> int:
     return -(-side // multiple) * multiple
+
+
+def _fit(picture: np.ndarray, size: int) -> np.ndarray:
+    """Resize `(H, W, 3)` in [0, 1] to a shorter side of `size`, and cut the middle square out."""
+    height, width = picture.shape[:2]
+    if (height, width) == (size, size):
+        return picture
+    scale = size / min(height, width)
+    sides = [max(round(height * scale), size), max(round(width * scale), size)]
+    values = torch.tensor(picture).permute(2, 0, 1)[None]
+    values = F.interpolate(values, size=sides, mode="bicubic", antialias=True).clamp(0, 1)
+    top, left = (sides[0] - size) // 2, (sides[1] - size) // 2
+    return values[0, :, top : top + size, left : left + size].permute(1, 2, 0).numpy()
 
 
 def _read_all(images: Any) -> list[np.ndarray]:

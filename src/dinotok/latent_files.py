@@ -101,7 +101,7 @@ def _write_shard(
     path: Path, tensors: dict[str, torch.Tensor], sizes: dict[str, tuple[int, int]], origin: ModelOrigin
 ) -> Path:
     pictures = {
-        name: {"size": list(size), "padded_size": [side * origin.patch_size for side in tensors[name].shape[1:]]}
+        name: {"size": list(size), "padded_size": list(origin.padded_size(*tensors[name].shape[1:]))}
         for name, size in sizes.items()
     }
     metadata = {
@@ -134,7 +134,7 @@ def _parse(path: Path, metadata: dict[str, str], shapes: dict[str, tuple[int, ..
     for name, entry in pictures.items():
         height, width = entry["size"]
         _, rows, columns = shapes[name]
-        padded = (rows * origin.patch_size, columns * origin.patch_size)
+        padded = origin.padded_size(rows, columns)
         check_picture(name, (height, width), padded)
         if list(padded) != entry["padded_size"]:
             raise ValueError(

@@ -60,7 +60,11 @@ def usage_of(counters: Mapping[str, CodeCounter]) -> dict[str, dict[str, float]]
 
 
 def write_reconstruction_sheet(
-    rows: Sequence[dict[str, Any]], files: Sequence[FoundFile], output: Path, limit: int
+    rows: Sequence[dict[str, Any]],
+    files: Sequence[FoundFile],
+    output: Path,
+    limit: int,
+    image_size: int | None = None,
 ) -> Path:
     """Draw originals beside their reconstructions, for pictures spread over a run.
 
@@ -69,12 +73,13 @@ def write_reconstruction_sheet(
         files: What they were made from.
         output: Folder of the reconstructions and of the sheet.
         limit: Pictures on the sheet, at most.
+        image_size: Of a model for one resolution, to which the originals were resized.
 
     Returns:
         The sheet's path.
     """
     chosen = {rows[index]["file"]: rows[index] for index in spread(len(rows), limit)}
-    processor = ImageProcessor(patch_size=1)
+    processor = ImageProcessor(1, image_size)
     entries = []
     for original in read_pictures([file for file in files if file.name in chosen], processor, _raise):
         row = chosen[original.name]

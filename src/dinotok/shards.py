@@ -23,6 +23,7 @@ class ModelOrigin:
         class_name: Of the model.
         patch_size: Pixels per latent on each side.
         settings: How it was run (dtype, tiles), for the record.
+        image_size: Of a model for one resolution: height and width of its pictures, whatever the grid of its latents.
     """
 
     model: str
@@ -31,9 +32,17 @@ class ModelOrigin:
     class_name: str
     patch_size: int
     settings: dict
+    image_size: int | None = None
+
+    def padded_size(self, rows: int, columns: int) -> tuple[int, int]:
+        """Return height and width of the pictures whose latents have so many rows and columns."""
+        if self.image_size is not None:
+            return self.image_size, self.image_size
+        return rows * self.patch_size, columns * self.patch_size
 
     def to_metadata(self) -> dict[str, str]:
         """Return what a file says about it, with the version of this library."""
+        fixed = {} if self.image_size is None else {"image_size": str(self.image_size)}
         return {
             "dinotok_version": __version__,
             "model": self.model,
@@ -42,6 +51,7 @@ class ModelOrigin:
             "class_name": self.class_name,
             "patch_size": str(self.patch_size),
             "settings": json.dumps(self.settings),
+            **fixed,
         }
 
     @classmethod
@@ -59,6 +69,7 @@ class ModelOrigin:
             class_name=metadata["class_name"],
             patch_size=int(metadata["patch_size"]),
             settings=json.loads(metadata["settings"]),
+            image_size=int(metadata["image_size"]) if "image_size" in metadata else None,
         )
 
 

@@ -10,7 +10,8 @@ file's name, `tokens-14x14-00000.parquet` (rows x columns of patches). Its colum
                     (codebook, row, column)
 
 and the metadata of its schema has the entries `format`, `format_version`, `dinotok_version`, `model`,
-`model_revision`, `model_digest`, `class_name`, `patch_size`, `settings`, `codebook_sizes` (JSON: names and sizes, in
+`model_revision`, `model_digest`, `class_name`, `patch_size`, `settings`, `image_size` (of a model for one resolution
+only), `codebook_sizes` (JSON: names and sizes, in
 the order of the indices) and `shape` (JSON: codebooks, rows, columns).
 """
 
@@ -137,7 +138,7 @@ def open_token_shard(path: str | os.PathLike[str]) -> TokenShard:
             _check_columns(schema, codebook_sizes, shape)
         table = file.read(columns=["file", "height", "width"])
     with parsing_metadata(path):
-        sizes = _sizes(table, (rows * origin.patch_size, columns * origin.patch_size))
+        sizes = _sizes(table, origin.padded_size(rows, columns))
     return TokenShard(path, origin, sizes, codebook_sizes, shape)
 
 

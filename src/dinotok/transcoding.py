@@ -351,6 +351,8 @@ def _check_fits(model: TokenizerModel, shard: Shard) -> None:
     patch_size = model.config["patch_size"]
     if shard.origin.patch_size != patch_size:
         raise ValueError(f"It has patch_size={shard.origin.patch_size}, the model {patch_size}.")
+    if shard.origin.image_size != model.image_size:
+        raise ValueError(f"It has pictures of image_size={shard.origin.image_size}, the model of {model.image_size}.")
     if isinstance(shard, TokenShard):
         sizes = {name: len(counter.counts) for name, counter in code_counters(model).items()}
         if list(sizes.values()) != list(shard.codebook_sizes.values()):

@@ -14,7 +14,7 @@ import sys
 import pytest
 import torch
 
-from dinotok import AutoencoderDINOTok
+from dinotok import AutoencoderDINOTok, AutoencoderVFMTok, VQModelVFMTok
 from tests.conftest import TINY_DECODER, TINY_ENCODERS
 
 if "DIFFUSERS_TESTS" not in os.environ:
@@ -104,4 +104,112 @@ class TestLayerwiseCasting(Config, on_cpu(LayerwiseCastingTesterMixin)):
 
 
 class TestMemory(Config, MemoryTesterMixin):
+    pass
+
+
+# The tokenizers of regions take pictures of one size.
+
+CHECKPOINTED_PARTS = {"Decoder", "UNetMidBlock2D", "DINOv3ViTLayer", "RegionSampler", "TokenDecoder"}
+
+
+class RegionConfig(BaseModelTesterConfig):
+    output_shape = (3, 64, 64)
+    main_input_name = "sample"
+
+    def get_init_dict(self):
+        sizes = {f"{part}_intermediate_size": 24 for part in ("sampler", "decoder")}
+        sizes |= {f"{part}_num_attention_heads": 2 for part in ("sampler", "decoder")}
+        sizes |= {f"{part}_num_layers": 2 for part in ("sampler", "decoder")}
+        return {
+            "encoder_config": TINY_ENCODERS["dinov3_vit"],
+            "image_size": 64,
+            "query_grid": (4, 4),
+            "hidden_size": 32,
+            **sizes,
+            **TINY_DECODER,
+        }
+
+    def get_dummy_inputs(self):
+        generator = torch.Generator("cpu").manual_seed(0)
+        return {"sample": torch.rand(2, 3, 64, 64, generator=generator).to(torch_device) * 2 - 1}
+
+
+class ContinuousConfig(RegionConfig):
+    model_class = AutoencoderVFMTok
+
+    def get_init_dict(self):
+        return {**super().get_init_dict(), "latent_channels": 8, "projector_num_groups": 4}
+
+
+class DiscreteConfig(RegionConfig):
+    model_class = VQModelVFMTok
+
+    def get_init_dict(self):
+        return {**super().get_init_dict(), "codebook_size": 32}
+
+
+class RegionAutoencoder(AutoencoderTesterMixin):
+    def get_init_dict(self):  # the mixin tries two resolutions, so two pixels a patch
+        return {**super().get_init_dict(), "patch_size": 2, "block_out_channels": (8, 8)}
+
+    def test_enable_disable_tiling(self):
+        with pytest.raises(ValueError, match="there is no tiling"):
+            self.model_class(**self.get_init_dict()).enable_tiling()
+
+
+class TestContinuousRegionsModel(ContinuousConfig, TestModel):
+    pass
+
+
+class TestDiscreteRegionsModel(DiscreteConfig, TestModel):
+    pass
+
+
+class TestContinuousRegionsAutoencoder(RegionAutoencoder, ContinuousConfig):
+    pass
+
+
+class TestDiscreteRegionsAutoencoder(RegionAutoencoder, DiscreteConfig):
+    pass
+
+
+class TestContinuousRegionsTraining(ContinuousConfig, TrainingTesterMixin):
+    def test_gradient_checkpointing_is_applied(self):
+        super().test_gradient_checkpointing_is_applied(expected_set=CHECKPOINTED_PARTS)
+
+
+class TestDiscreteRegionsTraining(DiscreteConfig, TrainingTesterMixin):
+    def test_gradient_checkpointing_is_applied(self):
+        super().test_gradient_checkpointing_is_applied(expected_set=CHECKPOINTED_PARTS)
+
+
+class TestContinuousRegionsCompile(ContinuousConfig, TestCompile):
+    pass
+
+
+class TestDiscreteRegionsCompile(DiscreteConfig, TestCompile):
+    pass
+
+
+class TestContinuousRegionsLayerwiseCasting(ContinuousConfig, on_cpu(LayerwiseCastingTesterMixin)):
+    pass
+
+
+class TestDiscreteRegionsLayerwiseCasting(DiscreteConfig, on_cpu(LayerwiseCastingTesterMixin)):
+    pass
+
+
+class TestContinuousRegionsMemory(ContinuousConfig, MemoryTesterMixin):
+    pass
+
+
+class TestDiscreteRegionsMemory(DiscreteConfig, MemoryTesterMixin):
+    pass
+
+
+class TestContinuousRegionsAttention(ContinuousConfig, AttentionTesterMixin):
+    pass
+
+
+class TestDiscreteRegionsAttention(DiscreteConfig, AttentionTesterMixin):
     pass

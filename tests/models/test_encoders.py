@@ -241,3 +241,12 @@ def test_real_encoder_matches_transformers(data_folder):
     encoder = FrozenEncoder.from_encoder(str(data_folder / "encoder-vit-tiny"))
     assert encoder.normalization.mean.flatten().tolist() == [0.5, 0.5, 0.5]
     assert encoder(torch.zeros(1, 3, 96, 160), [0, 12])[1].shape == (1, 192, 6, 10)
+
+
+@pytest.mark.parametrize("family", TINY_ENCODERS)
+def test_class_tokens_are_known_before_any_pass(family):
+    encoder = FrozenEncoder(TINY_ENCODERS[family])
+    assert encoder.has_class_token == (family != "siglip_vision_model")
+    size = encoder.patch_size * 2
+    prefix = encoder.tokens(torch.zeros(1, 3, size, size))[0].shape[1] - 4
+    assert (prefix > 0) == encoder.has_class_token

@@ -585,3 +585,9 @@ def test_finite_scalar_errors_are_named():
         FiniteScalarQuantizer([4, 4])(torch.zeros(1, 3, 1, 1))
     with pytest.raises(ValueError, match=r"\[0, 16\)"):
         FiniteScalarQuantizer([4, 4]).indices_to_latents(torch.tensor([[[16]]]))
+
+
+def test_a_codebook_of_directions_starts_on_the_sphere():
+    """Else its first gradients, which pass through the normalisation, are larger by the inverse of a tiny norm."""
+    codebook = VectorQuantizer(50, 6, normalize=True).codebook
+    torch.testing.assert_close(codebook.norm(dim=1), torch.ones(50))

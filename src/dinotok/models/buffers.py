@@ -29,22 +29,23 @@ class Float32Module(nn.Module):
 
 
 class ChannelAffine(Float32Module):
-    """Normalise `(B, C, h, w)` per channel with fixed statistics, computed in float32.
+    """Normalise `(B, C, h, w)` with fixed statistics, per channel or per channel and position, in float32.
 
     Args:
-        mean: C numbers.
-        std: C positive numbers.
+        mean: C numbers, or C * h * w in this order.
+        std: As many positive numbers.
         persistent: Keep them in the state dict, for statistics that the config does not carry; as frozen parameters,
             because diffusers' `EMAModel` saves parameters only.
+        grid: The h and w of statistics per position.
     """
 
     mean: torch.Tensor
     std: torch.Tensor
 
-    def __init__(self, mean: list[float], std: list[float], persistent: bool = False):
+    def __init__(self, mean: list[float], std: list[float], persistent: bool = False, grid: tuple[int, int] = (1, 1)):
         super().__init__()
         for name, values in (("mean", mean), ("std", std)):
-            tensor = torch.tensor(values, dtype=torch.float32).view(1, -1, 1, 1)
+            tensor = torch.tensor(values, dtype=torch.float32).view(1, -1, *grid)
             if persistent:
                 self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
             else:

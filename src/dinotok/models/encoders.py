@@ -44,6 +44,7 @@ _HUB_ARGUMENTS = ("token", "cache_dir", "local_files_only", "force_download", "s
 # Where the families keep their transformer blocks, their final norm, and what they have that features do not need.
 _BLOCK_PATHS = ("encoder.layer", "encoder.layers", "model.layer", "model.layers", "layers", "layer")
 _NORM_NAMES = ("layernorm", "norm", "post_layernorm")
+_CLASS_TOKEN_NAMES = ("cls_token", "class_embedding")
 _UNUSED_MODULES = ("pooler", "head")
 _WRAPPER_SEGMENTS = {"model", "encoder", "vision_model", "vit"}
 
@@ -71,6 +72,9 @@ class FrozenEncoder(nn.Module):
 
     Raises:
         ValueError: If `encoder_config` is not that of a plain vision transformer this class can run.
+
+    Attributes:
+        has_class_token: Whether the first of `tokens` is a class token.
     """
 
     def __init__(
@@ -90,6 +94,7 @@ class FrozenEncoder(nn.Module):
         self.num_layers: int = config.num_hidden_layers
         self._blocks_path = _find(self.model, _BLOCK_PATHS, "transformer blocks")
         self._norm_name = _find(self.model, _NORM_NAMES, "final norm")
+        self.has_class_token = any(hasattr(self.model.embeddings, name) for name in _CLASS_TOKEN_NAMES)
         self._embedding_arguments = set(inspect.signature(self.model.embeddings.forward).parameters)
         self.requires_grad_(False)
         self.eval()

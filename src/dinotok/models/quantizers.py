@@ -121,7 +121,8 @@ class VectorQuantizer(Float32Module):
         self.entropy_weight = entropy_weight
         self.entropy_temperature = entropy_temperature
         codebook = torch.empty(codebook_size, codebook_dim, dtype=torch.float32)
-        self.codebook = nn.Parameter(codebook.uniform_(-1 / codebook_size, 1 / codebook_size))
+        codebook.uniform_(-1 / codebook_size, 1 / codebook_size)
+        self.codebook = nn.Parameter(F.normalize(codebook, dim=-1) if normalize else codebook)
 
     def forward(self, latents: torch.Tensor) -> QuantizerOutput:
         """Replace every latent by its nearest code.

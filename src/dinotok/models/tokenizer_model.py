@@ -69,6 +69,13 @@ class TokenizerModel(ModelMixin, AutoencoderMixin, ConfigMixin):
     defines `_encode` and `_decode` between pixels and unnormalised latents. Its config has `encoder_config`,
     `image_mean`, `image_std`, `patch_size`, `latent_channels`, `latents_mean`, `latents_std`, `encoder_repository`,
     `encoder_revision` and `encoder_digest`.
+
+    Most tokenizers take pictures of any size in whole patches, and have one latent per patch. One that is made for a
+    single resolution sets `image_size` and `fixed_grid`.
+
+    Attributes:
+        image_size: Height and width of the only pictures it takes; None for any multiple of `patch_size`.
+        fixed_grid: Rows and columns of its latents, then; else None.
     """
 
     main_input_name = "sample"
@@ -78,6 +85,8 @@ class TokenizerModel(ModelMixin, AutoencoderMixin, ConfigMixin):
 
     encoder: FrozenEncoder
     latents_affine: ChannelAffine
+    image_size: int | None = None
+    fixed_grid: tuple[int, int] | None = None
 
     # ---------------------------------------------------------------------------------------------- construction
 
@@ -143,15 +152,20 @@ class TokenizerModel(ModelMixin, AutoencoderMixin, ConfigMixin):
 
     def _build_latents_affine(self) -> ChannelAffine:
         channels = self.config.latent_channels
-        mean, std = self.config.latents_mean or [0.0] * channels, self.config.latents_std or [1.0] * channels
+        grid = self.fixed_grid or (1, 1)
+        mean, std = self.config.latents_mean, self.config.latents_std
+        if len(mean or std or ()) != channels * grid[0] * grid[1]:  # then they are not per position
+            grid = (1, 1)
+        count = channels * grid[0] * grid[1]
+        mean, std = mean or [0.0] * count, std or [1.0] * count
         for name, values in (("latents_mean", mean), ("latents_std", std)):
-            if len(values) != channels:
+            if len(values) != count:
                 raise ValueError(f"{name} has {len(values)} values, but there are {channels} latent channels.")
             if not all(map(math.isfinite, values)):
                 raise ValueError(f"{name} contains NaN or infinite values.")
         if min(std) <= 0:
             raise ValueError(f"latents_std must be positive, got a minimum of {min(std)}.")
-        return ChannelAffine(mean, std)
+        return ChannelAffine(mean, std, grid=grid)
 
     # ------------------------------------------------------------------------------------------ encode and decode
 
@@ -170,16 +184,17 @@ class TokenizerModel(ModelMixin, AutoencoderMixin, ConfigMixin):
         """Return the normalised latents of pictures. Deterministic, in training mode too.
 
         Args:
-            pixels: `(B, 3, H, W)` in [-1, 1]; H and W multiples of `patch_size`.
+            pixels: `(B, 3, H, W)` in [-1, 1]; H and W multiples of `patch_size`, or equal to `image_size` if there
+                is one.
             return_dict: Return an output object rather than a tuple.
 
         Returns:
-            `.latent` of shape `(B, latent_channels, H / patch_size, W / patch_size)`.
+            `.latent` of shape `(B, latent_channels, *latent_grid(H, W))`.
 
         Raises:
             ValueError: If the shape is another.
         """
-        check_pixels(pixels, self.patch_size)
+        self._check_pixels(pixels)
         latents = self._sliced(self._encode_tiled, pixels)
         latents = self.latents_affine.normalize(latents).to(latents.dtype)
         return TokenizerEncoderOutput(latent=latents) if return_dict else (latents,)
@@ -196,7 +211,7 @@ class TokenizerModel(ModelMixin, AutoencoderMixin, ConfigMixin):
             generator: Not used, since decoding is deterministic; diffusers' pipelines pass one.
 
         Returns:
-            `.sample` of shape `(B, 3, h * patch_size, w * patch_size)`, about [-1, 1], not clamped.
+            `.sample` of shape `(B, 3, H, W)` with `latent_grid(H, W) = (h, w)`, about [-1, 1], not clamped.
 
         Raises:
             ValueError: If the shape is another.
@@ -205,9 +220,38 @@ class TokenizerModel(ModelMixin, AutoencoderMixin, ConfigMixin):
         sample = self._sliced(self._decode_tiled, self.latents_affine.denormalize(latents))
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
+    def latent_grid(self, height: int, width: int) -> tuple[int, int]:
+        """Return the rows and columns of the latents of a picture.
+
+        Args:
+            height: Pixels.
+            width: Pixels.
+
+        Returns:
+            `(height / patch_size, width / patch_size)`, or the one grid there is.
+
+        Raises:
+            ValueError: If `encode` does not take pictures of this size.
+        """
+        if self.image_size is not None and (height, width) != (self.image_size, self.image_size):
+            raise ValueError(
+                f"Image size {height}x{width}: this {type(self).__name__} takes pictures of {self.image_size}x"
+                f"{self.image_size} pixels only. Resize or crop them; `ImageProcessor.from_model` does."
+            )
+        if height % self.patch_size or width % self.patch_size or not (height and width):
+            raise ValueError(f"Image size {height}x{width} is not a multiple of patch_size={self.patch_size}.")
+        return self.fixed_grid or (height // self.patch_size, width // self.patch_size)
+
+    def _check_pixels(self, pixels: torch.Tensor) -> None:
+        check_pixels(pixels, self.patch_size)
+        self.latent_grid(*pixels.shape[2:])
+
     def _check_latents(self, latents: torch.Tensor) -> None:
-        if latents.ndim != 4 or latents.shape[1] != self.latent_channels:
-            raise ValueError(f"Latents must have shape (B, {self.latent_channels}, h, w), got {tuple(latents.shape)}.")
+        rows, columns = self.fixed_grid or ("h", "w")
+        fits = latents.ndim == 4 and latents.shape[1] == self.latent_channels
+        if not fits or (self.fixed_grid and tuple(latents.shape[2:]) != self.fixed_grid):
+            expected = f"(B, {self.latent_channels}, {rows}, {columns})"
+            raise ValueError(f"Latents must have shape {expected}, got {tuple(latents.shape)}.")
 
     def forward(self, sample: torch.Tensor, return_dict: bool = True) -> DecoderOutput | tuple[torch.Tensor, ...]:
         """Return the reconstruction of pixels, `decode(encode(sample).latent)`; the argument has diffusers' name."""
@@ -226,8 +270,14 @@ class TokenizerModel(ModelMixin, AutoencoderMixin, ConfigMixin):
             tile_overlap: How much neighbouring tiles share, in pixels (default a quarter of the tile), likewise.
 
         Raises:
-            ValueError: If a number is no multiple of the patch size or the overlap is not less than the tile.
+            ValueError: If a number is no multiple of the patch size or the overlap is not less than the tile; and
+                always for a tokenizer of one resolution, whose tiles would have to be whole pictures.
         """
+        if self.image_size is not None:
+            raise ValueError(
+                f"A {type(self).__name__} takes pictures of {self.image_size}x{self.image_size} pixels only, and its "
+                "tokens describe regions of a whole picture: there is no tiling."
+            )
         tile = 512 // self.patch_size * self.patch_size if tile_size is None else tile_size
         overlap = tile // (4 * self.patch_size) * self.patch_size if tile_overlap is None else tile_overlap
         for name, value in (("tile_size", tile), ("tile_overlap", overlap)):
@@ -266,13 +316,13 @@ class TokenizerModel(ModelMixin, AutoencoderMixin, ConfigMixin):
 
     @property
     def latents_mean(self) -> torch.Tensor:
-        """`(latent_channels,)` float32: what `encode` subtracts."""
-        return self.latents_affine.mean.flatten()
+        """What `encode` subtracts, float32: `(latent_channels,)`, or `(latent_channels, h, w)` if per position."""
+        return _without_unit_grid(self.latents_affine.mean[0])
 
     @property
     def latents_std(self) -> torch.Tensor:
-        """`(latent_channels,)` float32: what `encode` divides by."""
-        return self.latents_affine.std.flatten()
+        """What `encode` divides by, float32: `(latent_channels,)`, or `(latent_channels, h, w)` if per position."""
+        return _without_unit_grid(self.latents_affine.std[0])
 
     @torch.no_grad()
     def fit_latents_statistics(self, batches: Iterable[torch.Tensor]) -> Self:
@@ -303,7 +353,7 @@ class TokenizerModel(ModelMixin, AutoencoderMixin, ConfigMixin):
     def _pixel_batches(self, batches: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
         for index, pixels in enumerate(batches):
             try:
-                check_pixels(pixels, self.patch_size)
+                self._check_pixels(pixels)
             except ValueError as error:
                 raise ValueError(f"Batch {index}: {error}") from error
             low, high = float(pixels.min()), float(pixels.max())
@@ -439,7 +489,8 @@ class TokenizerModel(ModelMixin, AutoencoderMixin, ConfigMixin):
         """Return a shallow copy whose state dict lacks the encoder and whose config identifies it."""
         shell = copy.copy(self)
         shell._modules = {name: module for name, module in self._modules.items() if name != "encoder"}
-        if self.config.encoder_digest is None:
+        has_weights = not any(parameter.is_meta for parameter in self.encoder.parameters())
+        if self.config.encoder_digest is None and has_weights:
             shell.register_to_config(encoder_digest=self.encoder.digest())
         return shell
 
@@ -447,6 +498,11 @@ class TokenizerModel(ModelMixin, AutoencoderMixin, ConfigMixin):
 def channels_last_rows(grid: torch.Tensor) -> torch.Tensor:
     """`(B, C, h, w)` to `(B * h * w, C)`."""
     return grid.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def _without_unit_grid(statistics: torch.Tensor) -> torch.Tensor:
+    """`(C, 1, 1)` to `(C,)`; statistics per position stay `(C, h, w)`."""
+    return statistics.flatten() if statistics.shape[1:] == (1, 1) else statistics
 
 
 def _check_loaded(model: ModelMixin, report: dict[str, Any], source: str, allow_mismatched: bool) -> None:
