@@ -9,7 +9,8 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
 from dinotok import DiffusionTransformer2DModel, config_path
-from dinotok.models.transformer_layers import sincos_positions
+from dinotok.models.transformer_diffusion import _turn
+from dinotok.models.transformer_layers import rotary_angles, rotate, sincos_positions
 from tests.conftest import randomize
 
 TINY = {
@@ -60,7 +61,7 @@ def test_untrained_blocks_are_the_identity(values):
             width = block.attention_norm.weight.shape[0]
             heads = block.attention.num_heads
             tokens, condition = torch.randn(2, 12, width), torch.randn(2, 1, width)
-            turns = torch.ones(12, 1, width // heads // 2), torch.zeros(12, 1, width // heads // 2)
+            turns = torch.ones(12, 1, width // heads), torch.zeros(12, 1, width // heads)
             assert torch.equal(block(tokens, condition, *turns), tokens)
 
 
@@ -200,6 +201,14 @@ def test_bundled_configs_build_models_of_published_size(name):
     with torch.device("meta"):
         model = DiffusionTransformer2DModel.from_config(config, in_channels=32)
     assert model.num_parameters() == pytest.approx(count, rel=tolerance)
+
+
+@pytest.mark.parametrize("head", [False, True])
+def test_queries_and_keys_turn_as_everywhere_in_the_library(head):
+    values, angles = torch.randn(2, 6, 3, 16), rotary_angles(2, 3, 16)[:, None]
+    turned = _turn(values, *tiny(**HEAD)._turns(2, 3, head))
+    torch.testing.assert_close(turned, rotate(values, angles.cos(), angles.sin()))
+    assert _turn(values.bfloat16(), angles.cos().repeat(1, 1, 2), angles.repeat(1, 1, 2)).dtype == torch.bfloat16
 
 
 def test_the_sine_cosine_table_is_that_of_mae():

@@ -12,7 +12,7 @@ from diffusers.utils import set_weights_and_activate_adapters
 from torch import nn
 
 from .buffers import Float32Module
-from .transformer_layers import SwiGLU, rotary_angles, rotate, sincos_positions
+from .transformer_layers import SwiGLU, rotary_angles, sincos_positions
 
 _NUM_FREQUENCIES = 256
 
@@ -160,13 +160,14 @@ class DiffusionTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin, PeftA
             raise ValueError(f"timestep must be a floating-point time in [0, 1], got {timestep.dtype}.")
 
     def _turns(self, rows: int, columns: int, head: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines of the rotary positions, `(N, 1, head_dim / 2)` float32."""
+        """Cosines and signed sines of the rotary positions, `(N, 1, head_dim)` float32; see `_turn`."""
         config = self.config
         head_dim = config.hidden_size // config.num_attention_heads
         if head:
             head_dim = config.head_hidden_size // config.head_num_attention_heads
         angles = rotary_angles(rows, columns, head_dim, device=self.class_embedding.weight.device)[:, None]
-        return angles.cos(), angles.sin()
+        cos, sin = angles.cos(), angles.sin()
+        return cos.repeat_interleave(2, dim=-1), torch.stack([-sin, sin], dim=-1).flatten(-2)
 
     def _run(
         self,
@@ -287,8 +288,8 @@ class RotaryAttentionProcessor:
     ) -> torch.Tensor:
         """Map `(B, N, D)` to the same shape."""
         query, key, value = attention.qkv(hidden).unflatten(-1, (3, attention.num_heads, -1)).unbind(2)
-        query = rotate(attention.query_norm(query), cos, sin)  # (B, N, heads, head_dim)
-        key = rotate(attention.key_norm(key), cos, sin)
+        query = _turn(attention.query_norm(query), cos, sin)  # (B, N, heads, head_dim)
+        key = _turn(attention.key_norm(key), cos, sin)
         mixed = dispatch_attention_fn(
             query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config
         )
@@ -319,7 +320,7 @@ class RotaryAttention(nn.Module, AttentionModuleMixin):
         self.processor = RotaryAttentionProcessor()
 
     def forward(self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        """Map `(B, N, D)` to the same shape; `cos` and `sin` are `(N, 1, head_dim / 2)`."""
+        """Map `(B, N, D)` to the same shape; `cos` and `sin` are `(N, 1, head_dim)`."""
         return self.processor(self, hidden, cos, sin)
 
 
@@ -341,6 +342,16 @@ class ModulatedOutput(nn.Module):
         """Map `(B, N, D)` to `(B, N, patch_channels)`."""
         shift, scale = self.modulation(F.silu(condition)).chunk(2, dim=-1)
         return self.projection(torch.addcmul(shift, self.norm(tokens), 1 + scale))
+
+
+def _turn(values: torch.Tensor, cos: torch.Tensor, signed_sin: torch.Tensor) -> torch.Tensor:
+    """What `rotate` computes, several times faster on a CPU, from tables with both members of each pair.
+
+    `cos` holds every cosine twice, `signed_sin` `(-sin, sin)` for each pair.
+    """
+    real = values.float()
+    swapped = real.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return torch.addcmul(real * cos, swapped, signed_sin).to(values.dtype)
 
 
 def feed_forward_width(hidden_size: int, mlp_ratio: float) -> int:
