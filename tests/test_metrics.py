@@ -1,14 +1,18 @@
 import dataclasses
+import json
 import math
 
 import numpy as np
 import pytest
+import scipy.linalg
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from dinotok.metrics import ReconstructionMetrics, mean_squared_error, pooled_psnr, psnr, ssim
+from dinotok.lpips import LPIPS
+from dinotok.metrics import ReconstructionMetrics, fid, mean_squared_error, pooled_psnr, psnr, ssim
+from tests.conftest import random_pixels
 
 
 def make_pair(height=24, width=37, batch_size=2, noise=0.1, seed=0):
@@ -196,3 +200,110 @@ def test_nothing_seen_is_an_error():
 def test_wrong_input_is_named(metric, pixels, target, message):
     with pytest.raises(ValueError, match=message):
         metric(pixels, target)
+
+
+# LPIPS
+
+
+@pytest.fixture(scope="module")
+def lpips() -> LPIPS:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return LPIPS("squeeze")
+
+
+def test_lpips_is_averaged_under_the_name_of_its_net(lpips):
+    pixels, target = make_pair(20, 30, batch_size=3, noise=0.3)
+    plain, metrics = ReconstructionMetrics(), ReconstructionMetrics()
+    plain.update(pixels, target)
+    results = metrics.update(pixels[:2], target[:2], lpips) + metrics.update(pixels[2:], target[2:], lpips)
+    saved = [((p * 0.5 + 0.5).clamp(0, 1) * 255).round() / 127.5 - 1 for p in (pixels, target)]
+    expected = lpips(*saved)
+    assert [result["lpips_squeeze"] for result in results] == pytest.approx(expected.tolist(), rel=1e-4)
+    assert (lpips(pixels, target) - expected).abs().min() > 1e-4 * expected.abs().max()  # rounding and clamping count
+    summary = metrics.compute()
+    assert summary.pop("lpips_squeeze") == pytest.approx(expected.mean().item(), rel=1e-4)
+    assert summary == pytest.approx(plain.compute())
+    assert "lpips_squeeze" not in plain.compute()
+
+
+def test_lpips_survives_merging_and_restoring(lpips):
+    pairs = [make_pair(20, 30, seed=1), make_pair(25, 18, seed=2)]
+    whole, first, second = ReconstructionMetrics(), ReconstructionMetrics(), ReconstructionMetrics()
+    for pair, part in zip(pairs, (first, second), strict=True):
+        whole.update(*pair, lpips=lpips)
+        part.update(*pair, lpips=lpips)
+    merged = ReconstructionMetrics()
+    merged.merge(first)
+    merged.merge(ReconstructionMetrics(**json.loads(json.dumps(dataclasses.asdict(second)))))
+    assert merged.compute() == pytest.approx(whole.compute())
+
+
+def test_lpips_skips_pictures_that_are_too_small(lpips):
+    metrics = ReconstructionMetrics()
+    (result,) = metrics.update(*make_pair(16, 30, batch_size=1), lpips=lpips)
+    assert math.isnan(result["lpips_squeeze"]) and math.isnan(metrics.compute()["lpips_squeeze"])
+    pixels, target = make_pair(17, 30, batch_size=1)
+    (result,) = metrics.update(pixels, target, lpips=lpips)
+    assert metrics.compute()["lpips_squeeze"] == result["lpips_squeeze"]
+
+
+def test_lpips_of_different_nets_is_not_mixed(lpips):
+    one, other = ReconstructionMetrics(lpips_net="alex"), ReconstructionMetrics(lpips_net="vgg")
+    with pytest.raises(ValueError, match="net='squeeze' cannot be averaged with that of net='alex'"):
+        one.update(*make_pair(20, 30), lpips=lpips)
+    with pytest.raises(ValueError, match="net='vgg' cannot be averaged with that of net='alex'"):
+        one.merge(other)
+    assert one.num_images == 0
+
+
+# FID
+
+
+class ColorFeatures(torch.nn.Module):
+    """Mean and spread of each colour, in units of the full range."""
+
+    num_features = 6
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        values = images.double().flatten(2) / 255
+        return torch.cat([values.mean(2), values.std(2)], dim=1)
+
+
+def picture_sets():
+    real = [random_pixels(4, 3, 20, 24, seed=1), random_pixels(3, 3, 30, 16, seed=2)]
+    return real, [random_pixels(5, 3, 18, 18, seed=3) * 1.2 + 0.3]
+
+
+def test_fid_has_its_closed_form():
+    real, fake = picture_sets()
+    moments = []
+    for batches in (real, fake):
+        rounded = [((p * 0.5 + 0.5).clamp(0, 1) * 255).round() for p in batches]
+        features = np.concatenate([ColorFeatures()(p).numpy() for p in rounded])
+        moments.append((features.mean(0), np.cov(features, rowvar=False)))
+    (mean, covariance), (other_mean, other_covariance) = moments
+    root = scipy.linalg.sqrtm(covariance @ other_covariance).real
+    expected = ((mean - other_mean) ** 2).sum() + np.trace(covariance + other_covariance - 2 * root)
+    assert fid(ColorFeatures(), real, fake) == pytest.approx(expected, rel=1e-4)
+    assert expected > 0.01
+
+
+def test_fid_is_zero_for_equal_sets_symmetric_and_does_not_see_batches():
+    real, fake = picture_sets()
+    assert fid(ColorFeatures(), real, reversed(real)) == pytest.approx(0, abs=1e-7)
+    forth = fid(ColorFeatures(), real, fake)
+    assert fid(ColorFeatures(), iter(fake), iter(real)) == pytest.approx(forth, rel=1e-5)
+    assert fid(ColorFeatures(), [p[None] for batch in real for p in batch], fake) == pytest.approx(forth, rel=1e-6)
+
+
+def test_fid_names_what_is_wrong():
+    real, fake = picture_sets()
+    with pytest.raises(ValueError, match="fake_batches hold 1 pictures; expected at least 2"):
+        fid(ColorFeatures(), real, [fake[0][:1]])
+    with pytest.raises(ValueError, match="real_batches hold 0 pictures"):
+        fid(ColorFeatures(), [], fake)
+    with pytest.raises(ValueError, match="torch.uint8 of shape"):
+        fid(ColorFeatures(), real, [torch.zeros(2, 3, 8, 8, dtype=torch.uint8)])
+    with pytest.raises(ValueError, match="NaN"):
+        fid(ColorFeatures(), real, [fake[0] * math.nan])

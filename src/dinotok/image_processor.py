@@ -1,9 +1,10 @@
 """From pictures of any kind to pixels and back, by padding and cropping: nothing is ever resized."""
 
+import io
 import os
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any, Self
+from typing import IO, Any, Self
 
 import numpy as np
 import torch
@@ -130,6 +131,28 @@ class ImageProcessor(VaeImageProcessor):
         return [(height, width)] * batch_size
 
 
+def read_rgb(name: str, source: str | os.PathLike[str] | bytes | Image.Image) -> np.ndarray:
+    """Decode one picture as `ImageProcessor.preprocess` does, to 8 bits: upright, RGB, transparency over white.
+
+    Args:
+        name: What errors call it.
+        source: A path, an encoded picture, or a PIL image.
+
+    Returns:
+        uint8 `(H, W, 3)`, writable.
+
+    Raises:
+        ValueError: If it is not a readable image.
+        OSError: If a file is missing or may not be read.
+    """
+    image = _load_upright(name, io.BytesIO(source) if isinstance(source, bytes) else source)
+    if image.mode == "RGB" and not image.has_transparency_data:
+        return np.array(image)
+    values = _to_unit_interval(name, _pil_to_array(name, image))
+    values = values[..., None] if values.ndim == 2 else values
+    return (_to_rgb(values) * 255).round().astype(np.uint8)
+
+
 def _round_up(side: int, multiple: int) -> int:
     return -(-side // multiple) * multiple
 
@@ -167,7 +190,7 @@ def _read(name: str, image: Any) -> list[np.ndarray]:
     return [_to_rgb(picture) for picture in values.reshape(-1, *values.shape[-3:])]
 
 
-def _load_upright(name: str, source: str | os.PathLike[str] | Image.Image) -> Image.Image:
+def _load_upright(name: str, source: str | os.PathLike[str] | IO[bytes] | Image.Image) -> Image.Image:
     """Decode a file, or a PIL image that may still be lazy, and apply its EXIF orientation."""
     try:
         with nullcontext(source) if isinstance(source, Image.Image) else Image.open(source) as image:

@@ -1,15 +1,19 @@
-"""How close a reconstruction is to its picture: PSNR and SSIM, on 8-bit pictures.
+"""How close reconstructions are to their pictures (PSNR, SSIM, LPIPS), and sets of pictures to each other (FID).
 
 Pixels are clamped to [-1, 1] and rounded to 8 bits before anything is measured, so a number is that of the saved PNG
 files, as papers report it. The rounding has no gradient: these are metrics, not losses.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from .lpips import LPIPS
 
 SSIM_WINDOW = 11
 
@@ -107,6 +111,9 @@ class ReconstructionMetrics:
         squared_error: Sum of squared errors over all values.
         psnr: Sum of the PSNR of all pictures; infinite as soon as one is reconstructed exactly.
         ssim: Sum of the SSIM of the `num_ssim` pictures.
+        num_lpips: Pictures whose LPIPS was asked for, and which were large enough for it.
+        lpips: Sum of the LPIPS of the `num_lpips` pictures.
+        lpips_net: The net that it was computed with; empty if it was never asked for.
     """
 
     num_images: int = 0
@@ -115,26 +122,41 @@ class ReconstructionMetrics:
     squared_error: float = 0.0
     psnr: float = 0.0
     ssim: float = 0.0
+    num_lpips: int = 0
+    lpips: float = 0.0
+    lpips_net: str = ""
 
-    def update(self, pixels: torch.Tensor, target: torch.Tensor) -> list[dict[str, float]]:
+    def update(
+        self, pixels: torch.Tensor, target: torch.Tensor, lpips: "LPIPS | None" = None
+    ) -> list[dict[str, float]]:
         """Add a batch.
 
         Args:
             pixels: Reconstructions `(B, 3, H, W)`; values outside [-1, 1] are clamped.
             target: Pictures `(B, 3, H, W)` in [-1, 1].
+            lpips: Computes LPIPS as well, on the device of the pictures.
 
         Returns:
-            `psnr`, `ssim` and `mean_squared_error` of every picture.
+            `psnr`, `ssim` and `mean_squared_error` of every picture; with `lpips` also `lpips_vgg`, `lpips_alex` or
+            `lpips_squeeze`, NaN for pictures below `lpips.min_size`.
 
         Raises:
-            ValueError: As `mean_squared_error`.
+            ValueError: As `mean_squared_error`; also if an earlier batch had another net.
         """
+        if lpips is not None:
+            self._set_net(lpips.net)
         errors = mean_squared_error(pixels, target)
         columns = (-10 * errors.log10()).tolist(), ssim(pixels, target).tolist(), errors.tolist()
         results = [
             {"psnr": decibel, "ssim": similarity, "mean_squared_error": error}
             for decibel, similarity, error in zip(*columns, strict=True)
         ]
+        if lpips is not None:
+            for result, distance in zip(results, _lpips(lpips, pixels, target).tolist(), strict=True):
+                result[f"lpips_{lpips.net}"] = distance
+                if not math.isnan(distance):
+                    self.num_lpips += 1
+                    self.lpips += distance
         for result in results:
             self.num_images += 1
             self.num_values += target[0].numel()
@@ -150,28 +172,95 @@ class ReconstructionMetrics:
 
         Args:
             other: Stays as it is.
+
+        Raises:
+            ValueError: If both have seen LPIPS, with different nets.
         """
+        if other.lpips_net:
+            self._set_net(other.lpips_net)
         for field in fields(self):
-            setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
+            if field.name != "lpips_net":
+                setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
 
     def compute(self) -> dict[str, float]:
         """Average over all pictures seen.
 
         Returns:
             `psnr` (dB, mean over pictures), `psnr_pooled` (dB, of the mean squared error over all values), `ssim`
-            (mean over pictures of at least 11x11, NaN if there is none) and `num_images`.
+            (mean over pictures of at least 11x11, NaN if there is none) and `num_images`; if LPIPS was asked for also
+            `lpips_vgg`, `lpips_alex` or `lpips_squeeze` (mean over pictures large enough, NaN if there is none).
 
         Raises:
             ValueError: Before the first `update`.
         """
         if self.num_images == 0:
             raise ValueError("No pictures to average over (num_images=0): call update first.")
-        return {
+        result = {
             "psnr": self.psnr / self.num_images,
             "psnr_pooled": _decibel(self.squared_error / self.num_values),
             "ssim": self.ssim / self.num_ssim if self.num_ssim else math.nan,
             "num_images": self.num_images,
         }
+        if self.lpips_net:
+            result[f"lpips_{self.lpips_net}"] = self.lpips / self.num_lpips if self.num_lpips else math.nan
+        return result
+
+    def _set_net(self, net: str) -> None:
+        if self.lpips_net not in ("", net):
+            raise ValueError(f"LPIPS of net={net!r} cannot be averaged with that of net={self.lpips_net!r}.")
+        self.lpips_net = net
+
+
+def fid(features: nn.Module, real_batches: Iterable[torch.Tensor], fake_batches: Iterable[torch.Tensor]) -> float:
+    """Compute the Fréchet distance between Gaussians fitted to the features of two sets of pictures.
+
+    `|m - m'|^2 + trace(C + C' - 2 (C C')^(1/2))` with means and sample covariances, accumulated in float64 (Heusel et
+    al., "GANs Trained by a Two Time-Scale Update Rule", arXiv 1706.08500, section 4). It depends on the network and
+    falls with the number of pictures: state both. With fewer pictures than features the covariances are singular; the
+    distance is still defined, but far too large. When `torch.distributed` runs, all processes get the distance of the
+    pictures of all.
+
+    Args:
+        features: Gives `(B, num_features)` for uint8 pictures `(B, 3, H, W)` and has a `num_features`, such as
+            `dinotok.inception.InceptionFeatures`. It is moved to the device of the pictures.
+        real_batches: Pictures `(B, 3, H, W)` in [-1, 1], of a size that may differ between batches; rounded to 8 bits.
+        fake_batches: Likewise; values outside [-1, 1] are clamped.
+
+    Returns:
+        At least 0, up to rounding; 0 for equal sets.
+
+    Raises:
+        ValueError: If a set has fewer than two pictures, or pixels are not finite floats `(B, 3, H, W)`.
+    """
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    metric = FrechetInceptionDistance(feature=features)
+    for real, batches in ((True, real_batches), (False, fake_batches)):
+        count = 0
+        for pixels in batches:
+            with torch.no_grad():
+                metric.to(pixels.device).update(_to_uint8(pixels), real=real)
+            count += len(pixels)
+        if count < 2:
+            raise ValueError(f"{'real' if real else 'fake'}_batches hold {count} pictures; expected at least 2.")
+    return metric.compute().item()
+
+
+def _to_uint8(pixels: torch.Tensor) -> torch.Tensor:
+    if pixels.ndim != 4 or pixels.shape[1] != 3 or not pixels.is_floating_point():
+        raise ValueError(f"pixels are {pixels.dtype} of shape {tuple(pixels.shape)}; expected floats (B, 3, H, W).")
+    if not pixels.isfinite().all():
+        raise ValueError("pixels contain NaN or infinite values.")
+    return ((pixels.float() * 0.5 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def _lpips(network: "LPIPS", pixels: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Compute the LPIPS of every picture as saved in 8 bits, `(B,)`; NaN for pictures that are too small."""
+    pixels, target = _to_8bit_pair(pixels, target) * 2 - 1
+    if min(pixels.shape[-2:]) < network.min_size:
+        return pixels.new_full((len(pixels),), math.nan)
+    with torch.no_grad():
+        return network(pixels, target)
 
 
 def _decibel(error: float) -> float:

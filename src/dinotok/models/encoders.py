@@ -142,11 +142,28 @@ class FrozenEncoder(nn.Module):
         Raises:
             ValueError: If a size is not a multiple of `patch_size`, or a layer does not exist or none is named.
         """
+        sequences = self.tokens(pixels, layers)
+        grid = (pixels.shape[2] // self.patch_size, pixels.shape[3] // self.patch_size)
+        return tuple(_to_grid(tokens, grid) for tokens in sequences)
+
+    def tokens(self, pixels: torch.Tensor, layers: Sequence[int] | None = None) -> tuple[torch.Tensor, ...]:
+        """Return the token sequences of the named hidden states, class and register tokens included, in one pass.
+
+        Args:
+            pixels: As in `forward`.
+            layers: Likewise.
+
+        Returns:
+            One `(B, P + h * w, hidden_size)` sequence for each of `layers`: the P prefix tokens, of which the class
+            token is the first where the backbone has one, then the patches in raster order.
+
+        Raises:
+            ValueError: As `forward`.
+        """
         wanted = (self.num_layers,) if layers is None else tuple(layers)
         self._check_layers(wanted)
         hidden = self._hidden_states(pixels, set(wanted))
-        grid = (pixels.shape[2] // self.patch_size, pixels.shape[3] // self.patch_size)
-        return tuple(_to_grid(hidden[layer], grid) for layer in wanted)
+        return tuple(hidden[layer] for layer in wanted)
 
     def last_layers_sum(self, pixels: torch.Tensor, num_layers: int, also: Sequence[int] = ()) -> tuple:
         """Return the sum of the last `num_layers` hidden states, each after the final norm, then the layers of `also`.

@@ -1,0 +1,241 @@
+"""What `training_scripts/train_tokenizer.py` trains and how it is scored, apart from the loop."""
+
+import inspect
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .configs import config_path
+from .data import PictureLoader, to_pixels
+from .folders import write_png
+from .hub import load_tokenizer, tokenizer_classes
+from .image_processor import ImageProcessor
+from .losses import semantic_loss
+from .metrics import ReconstructionMetrics
+from .models.discrete import DiscreteTokenizer
+from .models.tokenizer_model import TokenizerModel
+from .pictures import SheetEntry, sheet
+from .reports import to_pictures, usage_of
+from .training import read_json
+from .transcoding import code_counters
+
+SHEET_PICTURES = 8
+
+
+def build_tokenizer(model: str) -> tuple[TokenizerModel, bool]:
+    """Build or load the tokenizer that a run trains.
+
+    Args:
+        model: A tokenizer's folder or Hub repository, to go on from; or a recipe: a JSON file, or the name of a
+            bundled configuration. A recipe has the class under `_class_name`, `encoder`, the folder or repository
+            of the frozen encoder, or `autoencoder`, the tokenizer that a `VQModelDINOTok` starts from, and any other
+            argument of the constructor.
+
+    Returns:
+        The tokenizer, and whether it is new, so that its closed-form parts are still to be fitted.
+
+    Raises:
+        ValueError: If a recipe names no class or an unknown one, or has no encoder.
+        OSError: If an encoder or tokenizer cannot be had.
+    """
+    if os.path.isdir(model):
+        return load_tokenizer(model), False
+    if not model.endswith(".json"):
+        try:
+            model = str(config_path(model))
+        except ValueError:
+            return load_tokenizer(model), False
+    recipe = {key: value for key, value in read_json(model).items() if key != "_diffusers_version"}
+    name = recipe.pop("_class_name", None)
+    if name not in tokenizer_classes():
+        raise ValueError(f"_class_name={name!r} in {model!r} is none of {', '.join(sorted(tokenizer_classes()))}.")
+    tokenizer_class: Any = tokenizer_classes()[name]
+    start = recipe.pop("autoencoder", None)
+    if start is not None:
+        if not hasattr(tokenizer_class, "from_autoencoder"):
+            raise ValueError(f"{model!r}: a {name} starts from an encoder, not from an autoencoder.")
+        return tokenizer_class.from_autoencoder(load_tokenizer(start), **recipe), True
+    encoder = recipe.pop("encoder", None) or recipe.pop("encoder_repository", None)
+    if encoder is None:
+        raise ValueError(f"{model!r} names no encoder: add 'encoder', a folder or a Hub repository.")
+    derived = ("encoder_config", "encoder_repository", "encoder_digest", "image_mean", "image_std", "latent_channels")
+    recipe = {key: value for key, value in recipe.items() if key not in derived}
+    return tokenizer_class.from_encoder(encoder, revision=recipe.pop("encoder_revision", None), **recipe), True
+
+
+def fit_tokenizer(tokenizer: TokenizerModel, batches: Callable[[], Iterator[torch.Tensor]]) -> None:
+    """Give a new tokenizer its closed-form start.
+
+    Args:
+        tokenizer: Changed in place.
+        batches: Returns pixels to fit on, anew each time it is called.
+    """
+    autoencoder_fit = getattr(super(type(tokenizer), tokenizer), "fit", None)
+    fit = getattr(tokenizer, "fit", None)
+    if isinstance(tokenizer, DiscreteTokenizer) and autoencoder_fit is not None and not _is_fitted(tokenizer):
+        autoencoder_fit(batches())
+    if fit is not None:
+        fit(batches())
+    else:
+        tokenizer.fit_latents_statistics(batches())
+
+
+def _is_fitted(tokenizer: TokenizerModel) -> bool:
+    return tokenizer.config["latents_mean"] is not None
+
+
+class ObjectiveOutput(NamedTuple):
+    """What a tokenizer makes of a batch of pictures.
+
+    Attributes:
+        sample: Reconstructions `(B, 3, H, W)`.
+        latents: Before quantization, detached.
+        codebook_loss: Scalar; 0 for a continuous tokenizer.
+        semantic_loss: Scalar; 0 where its weight is 0.
+    """
+
+    sample: torch.Tensor
+    latents: torch.Tensor
+    codebook_loss: torch.Tensor
+    semantic_loss: torch.Tensor
+
+
+class TokenizerObjective(nn.Module):
+    """A tokenizer and the terms of its loss that need more than its reconstruction: one module for `accelerate`.
+
+    Args:
+        tokenizer: What is trained.
+        semantic: Whether the semantic term is wanted: the cosine to the frozen encoder's features of the picture
+            (VFMTok, arXiv 2507.08441), predicted from the latents by a tokenizer that has `predict_features`, else
+            read by the frozen encoder from the reconstruction.
+    """
+
+    def __init__(self, tokenizer: TokenizerModel, semantic: bool):
+        super().__init__()
+        self.tokenizer = tokenizer
+        self.semantic = semantic
+        self.predicts_features = hasattr(tokenizer, "predict_features")
+        if self.predicts_features and not semantic:
+            tokenizer.freeze_feature_branch()  # DistributedDataParallel wants a gradient for everything else
+
+    def forward(self, pixels: torch.Tensor) -> ObjectiveOutput:
+        """Return reconstruction and loss terms of pixels `(B, 3, H, W)`."""
+        latents = self.tokenizer.encode(pixels).latent
+        quantized, codebook_loss = latents, latents.new_zeros(())
+        if isinstance(self.tokenizer, DiscreteTokenizer):
+            found = self.tokenizer.quantize(latents)
+            quantized, codebook_loss = found.latents, found.loss
+        sample = self.tokenizer.decode(quantized).sample
+        term = self._semantic_loss(pixels, quantized, sample) if self.semantic else latents.new_zeros(())
+        return ObjectiveOutput(sample, latents.detach(), codebook_loss, term)
+
+    def _semantic_loss(self, pixels: torch.Tensor, latents: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
+        if self.predicts_features:
+            target = self.tokenizer.target_features(pixels)
+            return semantic_loss(self.tokenizer.predict_features(latents), target)
+        with torch.no_grad():
+            target = self.tokenizer.encoder(pixels)[0]
+        return semantic_loss(self.tokenizer.encoder(sample)[0], target)
+
+
+def last_layer(tokenizer: TokenizerModel) -> torch.Tensor:
+    """Return the weight that the adaptive adversarial weight compares gradients at: the pixel decoder's last."""
+    return tokenizer.decoder.conv_out.weight
+
+
+def accumulating(module: nn.Module, last: bool):
+    """A context in which gradients are summed over processes only for the `last` of several batches."""
+    return nullcontext() if last or not isinstance(module, DistributedDataParallel) else module.no_sync()
+
+
+class Validation(NamedTuple):
+    """What a validation found.
+
+    Attributes:
+        scores: Numbers by name, as trackers get them.
+        sheet: Pictures beside their reconstructions; None except on the main process.
+    """
+
+    scores: dict[str, float]
+    sheet: Any
+
+
+@torch.no_grad()
+def validate(
+    tokenizer: TokenizerModel, loader: PictureLoader, accelerator: Accelerator, lpips: Callable | None
+) -> Validation:
+    """Score reconstructions of validation pictures over all processes.
+
+    Args:
+        tokenizer: In evaluation mode, with the weights to be scored.
+        loader: Of the validation pictures; `once` is read.
+        accelerator: Gathers the scores.
+        lpips: Perceptual distance; None leaves it out.
+    """
+    metrics, counters, pairs = ReconstructionMetrics(lpips=lpips), code_counters(tokenizer), []
+    for batch in loader.once():
+        pixels = to_pixels(batch["pixel_values"].to(accelerator.device))
+        latents = tokenizer.encode(pixels).latent
+        if isinstance(tokenizer, DiscreteTokenizer):
+            found = tokenizer.quantize(latents)
+            latents = found.latents
+            for index, counter in enumerate(counters.values()):
+                counter.update(found.indices[:, index])
+        sample = tokenizer.decode(latents).sample.float()
+        metrics.update(sample, pixels)
+        if len(pairs) < SHEET_PICTURES:
+            pairs += list(zip(pixels.cpu(), sample.cpu(), strict=True))
+    states = gather_object([(metrics, [counter.counts for counter in counters.values()])])
+    total, *others = states
+    for other, counts in others:
+        total[0].merge(other)
+        for mine, theirs in zip(total[1], counts, strict=True):
+            mine += theirs
+    for counter, counts in zip(counters.values(), total[1], strict=True):
+        counter.counts = counts
+    scores = {f"validation/{key}": value for key, value in total[0].compute().items() if isinstance(value, float)}
+    for name, usage in usage_of(counters).items():
+        scores[f"validation/{name}_usage"] = usage["usage"]
+        scores[f"validation/{name}_perplexity"] = usage["perplexity"]
+    picture = _draw(pairs[:SHEET_PICTURES]) if accelerator.is_main_process else None
+    return Validation(scores, picture)
+
+
+def _draw(pairs: list[tuple[torch.Tensor, torch.Tensor]]):
+    processor = ImageProcessor(patch_size=1)
+    entries = [SheetEntry([], to_pictures(processor, torch.stack(pair).clamp(-1, 1))) for pair in pairs]
+    return sheet(["original", "reconstruction"], entries, columns=2)
+
+
+def log_validation(found: Validation, accelerator: Accelerator, folder: Path, step: int) -> None:
+    """Give the scores to the trackers and the sheet to them and to `folder/validation`."""
+    accelerator.log(found.scores, step)
+    if found.sheet is None:
+        return
+    path = folder / "validation" / f"step-{step:08d}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_png(found.sheet, path)
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            tracker.writer.add_image("reconstructions", _to_array(found.sheet), step, dataformats="HWC")
+        elif tracker.name in ("wandb", "trackio") and "values" in inspect.signature(tracker.log_images).parameters:
+            tracker.log_images({"reconstructions": [found.sheet]}, step=step)
+
+
+def _to_array(picture):
+    import numpy as np
+
+    return np.asarray(picture)
+
+
+def describe(scores: Mapping[str, float]) -> str:
+    """The scores of a validation on one line."""
+    return ", ".join(f"{name.removeprefix('validation/')} {value:.4g}" for name, value in scores.items())

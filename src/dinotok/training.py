@@ -1,0 +1,354 @@
+"""What the training scripts share and is easy to get wrong: checkpoints, averages, stopping, records.
+
+The loops themselves are in `training_scripts/`, one written out in each script.
+"""
+
+import dataclasses
+import json
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration, set_seed
+from diffusers.training_utils import EMAModel
+from safetensors import safe_open
+from torch import nn
+from transformers import HfArgumentParser
+
+from . import __version__
+from .models.encoders import FrozenEncoder
+
+Options = TypeVar("Options")
+
+RECORD_NAME = "training.json"
+_PREFIX = "checkpoint-"
+_UNFINISHED = ".unfinished-"
+_RECORDED_PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "datasets")
+
+
+# ------------------------------------------------------------------------------------------------------ options
+
+
+def parse_options(options_class: type[Options], arguments: Sequence[str] | None = None) -> Options:
+    """Read a script's options from the command line, or from the JSON file that an earlier run left.
+
+    Args:
+        options_class: A dataclass, one field an option.
+        arguments: By default those of the process. A single one that ends in `.json` is the file: options by name, or
+            a `training.json` with them under `options`.
+
+    Returns:
+        The options.
+
+    Raises:
+        ValueError: If the file is no JSON or has an option that the script does not know.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    parser = HfArgumentParser(options_class)  # type: ignore[arg-type]
+    if len(arguments) != 1 or not arguments[0].endswith(".json"):
+        return parser.parse_args_into_dataclasses(arguments)[0]
+    values = read_json(arguments[0])
+    values = values.get("options", values)
+    known = {field.name for field in dataclasses.fields(options_class)}  # type: ignore[arg-type]
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise ValueError(f"{arguments[0]!r} has the unknown option {unknown[0]!r}; the script knows {sorted(known)}.")
+    return options_class(**values)
+
+
+def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return the dictionary in a JSON file.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it holds something else.
+    """
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} is not valid JSON: {error}.") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{str(path)!r} holds a {type(values).__name__}, not a dictionary.")
+    return values
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write a dictionary as JSON, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    unfinished.write_text(json.dumps(values, indent=2, default=str) + "\n", encoding="utf-8")
+    os.replace(unfinished, path)
+
+
+def training_record(options: Any, **values: Any) -> dict[str, Any]:
+    """Return what is saved as `training.json` beside trained weights, enough to run the training again.
+
+    Args:
+        options: The script's dataclass.
+        **values: What else is to be known, such as the steps done and the last validation.
+    """
+    return {
+        "script": Path(sys.argv[0]).name,
+        "options": dataclasses.asdict(options),
+        **values,
+        "environment": {
+            "dinotok": __version__,
+            "commit": _commit(),
+            "python": platform.python_version(),
+            **{name: version(name) for name in _RECORDED_PACKAGES},
+        },
+    }
+
+
+def _commit() -> str | None:
+    """The commit of the source tree this package runs from; None for an installed one."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+# --------------------------------------------------------------------------------------------------- accelerator
+
+
+def make_accelerator(
+    output_dir: str | os.PathLike[str],
+    *,
+    seed: int,
+    mixed_precision: str | None = None,
+    gradient_accumulation_steps: int = 1,
+    report_to: str | None = None,
+    config: Mapping[str, Any] | None = None,
+) -> Accelerator:
+    """Build the accelerator of a run and seed everything.
+
+    Args:
+        output_dir: Of the run; trackers write to its `logs`.
+        seed: Every rank gets the same, so that all start with the same weights.
+        mixed_precision: "no", "fp16", "bf16"; None for what `accelerate config` says.
+        gradient_accumulation_steps: Batches per optimizer step.
+        report_to: Trackers, separated by commas: tensorboard, wandb, trackio; None for none.
+        config: What trackers are told about the run.
+    """
+    project = ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(Path(output_dir) / "logs"))
+    accelerator = Accelerator(
+        gradient_accumulation_steps=gradient_accumulation_steps,
+        mixed_precision=mixed_precision,
+        log_with=report_to.split(",") if report_to else None,
+        project_config=project,
+    )
+    set_seed(seed)
+    if report_to:
+        plain = {key: value for key, value in (config or {}).items() if isinstance(value, int | float | str | bool)}
+        accelerator.init_trackers("dinotok", plain)
+    return accelerator
+
+
+def sum_over_processes(accelerator: Accelerator) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return a function that adds up a tensor over all processes."""
+    return lambda tensor: accelerator.reduce(tensor, "sum")
+
+
+class StopRequest:
+    """Turns Ctrl-C and SIGTERM into a wish that the loop sees after its step, so that nothing is lost.
+
+    A second Ctrl-C interrupts at once. Use it as a context manager, around the loop; it must be in the main thread.
+    """
+
+    _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self):
+        self._asked = False
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopRequest":
+        self._previous = {number: signal.signal(number, self._ask) for number in self._SIGNALS}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, _) -> None:
+        if self._asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._asked = True
+
+    def made(self, accelerator: Accelerator) -> bool:
+        """Whether any process was asked to stop: all see the same answer."""
+        flag = torch.tensor([float(self._asked)], device=accelerator.device)
+        return bool(accelerator.reduce(flag, "sum").item())
+
+
+# --------------------------------------------------------------------------------------------------- checkpoints
+
+
+class Checkpoints:
+    """The checkpoints of a run: whole or not there, and only the newest ones.
+
+    A checkpoint is a folder `checkpoint-STEP` of `accelerate`'s files: model weights as safetensors, optimizers,
+    random number generators and whatever was registered with `accelerator.register_for_checkpointing`. The weights of
+    `FrozenEncoder`s are left out. It is written under another name and renamed when all of it is on disk, so a killed
+    run leaves no damaged one.
+
+    Args:
+        folder: Of the run.
+        accelerator: What was prepared and registered with it is saved.
+        limit: How many to keep.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], accelerator: Accelerator, limit: int = 2):
+        self.folder = Path(folder)
+        self.accelerator = accelerator
+        self.limit = limit
+        accelerator.register_save_state_pre_hook(_leave_out_frozen)
+        if accelerator.is_main_process:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for unfinished in self.folder.glob(f"{_UNFINISHED}*"):
+                shutil.rmtree(unfinished)
+        accelerator.wait_for_everyone()
+
+    def save(self, step: int) -> Path:
+        """Write the checkpoint of a step and remove the oldest beyond the limit; to be called by every process."""
+        target = self.folder / f"{_PREFIX}{step}"
+        unfinished = self.folder / f"{_UNFINISHED}{step}"
+        self.accelerator.save_state(str(unfinished))
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            if target.exists():
+                shutil.rmtree(target)
+            os.replace(unfinished, target)
+            for old in self.steps()[: -self.limit]:
+                shutil.rmtree(self.folder / f"{_PREFIX}{old}")
+        self.accelerator.wait_for_everyone()
+        return target
+
+    def steps(self) -> list[int]:
+        """Return the steps there are checkpoints of, in order."""
+        numbers = (path.name.removeprefix(_PREFIX) for path in self.folder.glob(f"{_PREFIX}*"))
+        return sorted(int(number) for number in numbers if number.isdigit())
+
+    def resume(self, which: str | None) -> int:
+        """Load a checkpoint.
+
+        Args:
+            which: "latest" (none yet is no error), a checkpoint's folder, or None to start anew.
+
+        Returns:
+            How many steps are done.
+
+        Raises:
+            FileNotFoundError: If the folder does not exist.
+            FileExistsError: If the run starts anew where there are checkpoints, which it would overwrite.
+            ValueError: If the checkpoint is of another model.
+        """
+        steps = self.steps()
+        if which is None:
+            if steps:
+                raise FileExistsError(
+                    f"{str(self.folder)!r} has a checkpoint of step {steps[-1]}: pass --resume_from_checkpoint latest "
+                    "to go on, or another --output_dir."
+                )
+            return 0
+        if which == "latest":
+            if not steps:
+                return 0
+            which = str(self.folder / f"{_PREFIX}{steps[-1]}")
+        path = Path(which)
+        number = path.name.removeprefix(_PREFIX)
+        if not path.is_dir() or not number.isdigit():
+            raise FileNotFoundError(f"{which!r} is not the folder of a checkpoint ({_PREFIX}STEP).")
+        self._check_fits(path)
+        self.accelerator.load_state(str(path), strict=False)
+        return int(number)
+
+    def _check_fits(self, path: Path) -> None:
+        for index, model in enumerate(self.accelerator._models):
+            file = path / f"model{f'_{index}' if index else ''}.safetensors"
+            if not file.is_file():  # sharded, by a plugin that checks for itself
+                continue
+            model = self.accelerator.unwrap_model(model)
+            expected = set(model.state_dict()) - frozen_keys(model)
+            with safe_open(file, "pt") as stored:
+                found = set(stored.keys())
+            if found != expected:
+                raise ValueError(
+                    f"{str(path)!r} is of another model: {sorted(found ^ expected)[0]!r} is in one of them only."
+                )
+
+
+def frozen_keys(model: nn.Module) -> set[str]:
+    """Return the names of a model's state that belong to encoders without a trainable parameter."""
+    encoders = ((name, module) for name, module in model.named_modules() if isinstance(module, FrozenEncoder))
+    prefixes = [f"{name}." if name else "" for name, module in encoders if not trainable(module)]
+    return {key for key in model.state_dict() if key.startswith(tuple(prefixes))} if prefixes else set()
+
+
+def _leave_out_frozen(models: list[nn.Module], weights: list[dict[str, torch.Tensor]], _output_dir: str) -> None:
+    for model, state in zip(models, weights, strict=True):
+        for key in frozen_keys(model) & set(state):
+            del state[key]
+
+
+class TrainingState:
+    """Numbers of a run that are saved with its checkpoints; register it with the accelerator.
+
+    Args:
+        **values: Plain numbers by name: attributes afterwards.
+    """
+
+    def __init__(self, **values: float):
+        self.__dict__.update(values)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the numbers."""
+        return dict(self.__dict__)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take them back."""
+        self.__dict__.update(state)
+
+
+# ------------------------------------------------------------------------------------------------------- averages
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters that take gradients."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def make_ema(model: nn.Module, decay: float) -> EMAModel:
+    """Return moving averages of a model's trainable parameters, warmed up as `min(decay, (1 + n) / (10 + n))`."""
+    return EMAModel(trainable(model), decay=decay, use_ema_warmup=False)
+
+
+@contextmanager
+def averaged(model: nn.Module, ema: EMAModel | None) -> Iterator[nn.Module]:
+    """Give a model its averaged parameters, and evaluation mode, for a while; buffers stay the current ones.
+
+    Args:
+        model: Not wrapped by an accelerator.
+        ema: From `make_ema`; None leaves the parameters as they are.
+    """
+    training, parameters = model.training, trainable(model)
+    if ema is not None:
+        ema.store(parameters)
+        ema.copy_to(parameters)
+    model.eval()
+    try:
+        yield model
+    finally:
+        if ema is not None:
+            ema.restore(parameters)
+        model.train(training)
