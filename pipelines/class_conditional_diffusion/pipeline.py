@@ -3,12 +3,9 @@
 `save_pretrained` puts this file beside the weights as `pipeline.py`; it needs `pip install dinotok`.
 """
 
-import difflib
 import inspect
-import json
 import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import diffusers.pipelines
@@ -30,6 +27,7 @@ import dinotok
 from dinotok.flow_matching import dimension_shift, set_sigmas, sigma_grid
 from dinotok.models.tokenizer_model import TokenizerModel
 from dinotok.models.transformer_diffusion import DiffusionTransformer2DModel
+from dinotok.pipeline_helpers import ClassLabels, PipelineCodeMixin, class_ids
 
 # Where diffusers looks for the class of a component that `model_index.json` lists as ["dinotok", class].
 diffusers.pipelines.dinotok = dinotok
@@ -37,7 +35,7 @@ diffusers.pipelines.dinotok = dinotok
 _LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
-class DINOTokDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
+class DINOTokDiTPipeline(PipelineCodeMixin, DiffusionPipeline, SanaLoraLoaderMixin):
     """Draw pictures of classes: noise, flow matching in the latents of a tokenizer, decoding.
 
     LoRA adapters of the transformer load as in other pipelines: `load_lora_weights`, `set_adapters`, `fuse_lora`, ...
@@ -76,7 +74,7 @@ class DINOTokDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
     @torch.no_grad()
     def __call__(
         self,
-        class_labels: int | str | Sequence[int | str] | torch.Tensor,
+        class_labels: ClassLabels,
         num_inference_steps: int = 50,
         guidance_scale: float = 1.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
@@ -174,7 +172,7 @@ class DINOTokDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
 
     # ----------------------------------------------------------------------------------------------- preparation
 
-    def label_ids(self, labels: int | str | Sequence[int | str] | torch.Tensor) -> list[int]:
+    def label_ids(self, labels: ClassLabels) -> list[int]:
         """Return class ids of ids or names, in a list.
 
         Args:
@@ -183,31 +181,7 @@ class DINOTokDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
         Raises:
             ValueError: If an id is out of range, or a name is unknown or that of several classes.
         """
-        if isinstance(labels, torch.Tensor):
-            labels = labels.flatten().tolist()
-        several = [labels] if isinstance(labels, int | str) else list(labels)
-        if not several:
-            raise ValueError("class_labels is empty: name at least one class.")
-        return [self._label_id(label) for label in several]
-
-    def _label_id(self, label: int | str) -> int:
-        classes = self.transformer.config.num_classes
-        if not isinstance(label, str):
-            if not 0 <= label <= classes:
-                raise ValueError(f"Class id {label} is not in 0..{classes} ({classes} is the null class).")
-            return int(label)
-        if not self.config.id2label:
-            raise ValueError(f"Class {label!r} is a name, but this pipeline has no id2label: pass ids.")
-        ids: dict[str, list[int]] = {}
-        for index, names in self.config.id2label.items():
-            for name in {names, *names.split(",")}:
-                ids.setdefault(name.strip().lower(), []).append(int(index))
-        found = ids.get(label.strip().lower(), [])
-        if len(found) != 1:
-            similar = ", ".join(difflib.get_close_matches(label.lower(), ids, n=3, cutoff=0.5)) or "none similar"
-            problem = f"is the name of the classes {found}: pass an id" if found else f"is not known ({similar})"
-            raise ValueError(f"Class {label!r} {problem}.")
-        return found[0]
+        return class_ids(labels, self.transformer.config.num_classes, self.config.id2label)
 
     def _prepare_latents(
         self,
@@ -275,32 +249,6 @@ class DINOTokDiTPipeline(DiffusionPipeline, SanaLoraLoaderMixin):
             kwargs.setdefault("use_safetensors", True)
         super().load_lora_weights(pretrained_model_name_or_path_or_dict, **kwargs)
 
-    def save_config(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs) -> None:
-        """Write `model_index.json`, this file as `pipeline.py`, and a line of code beside each component of dinotok.
-
-        With them, `DiffusionPipeline.from_pretrained(..., trust_remote_code=True)` works where nothing has imported
-        dinotok yet. `DINOTokDiTPipeline.from_pretrained(...)` needs none of it, and no trust.
-        """
-        super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
-        folder = Path(save_directory)
-        index = json.loads((folder / self.config_name).read_text(encoding="utf-8"))
-        index["_class_name"] = ["pipeline", "DINOTokDiTPipeline"]
-        index.pop("_name_or_path", None)  # a folder of this machine
-        for name, row in index.items():
-            if isinstance(row, list) and str(row[0]).startswith("dinotok."):
-                row[0] = "dinotok"
-                _write(folder / name / "dinotok.py", f"from dinotok import {row[1]} as {row[1]}\n")
-        _write(folder / "pipeline.py", Path(__file__).read_text(encoding="utf-8"))
-        _write(folder / self.config_name, json.dumps(index, indent=2, sort_keys=True) + "\n")
-
-    @classmethod
-    def _dict_from_json_file(cls, json_file: str | os.PathLike[str]) -> dict[str, Any]:
-        """Read `model_index.json`; asked for by its class, the pipeline does not look for code beside the weights."""
-        index = super()._dict_from_json_file(json_file)
-        if isinstance(index.get("_class_name"), list):
-            index["_class_name"] = index["_class_name"][1]
-        return index
-
 
 def _pixels_per_latent(vae: ModelMixin) -> int:
     if isinstance(vae, TokenizerModel | AutoencoderRAE):
@@ -320,11 +268,3 @@ def _check_options(
         raise ValueError(f"output_type={output_type!r} is none of 'pil', 'np', 'pt', 'latent'.")
     if set(tensor_inputs) - {"latents"}:
         raise ValueError(f"callback_on_step_end_tensor_inputs={list(tensor_inputs)} may name 'latents' only.")
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file, complete or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
