@@ -1,6 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from huggingface_hub import constants
 from safetensors.torch import save_file
 from torch import nn
 
@@ -117,6 +118,18 @@ def test_gradients_are_finite_where_nothing_is_active(net):
     pixels, target = make_pair()
     model(pixels.requires_grad_(), target).sum().backward()
     assert pixels.grad.tolist() == torch.zeros_like(pixels).tolist()
+
+
+@pytest.mark.parametrize("net", NETS)
+def test_faint_activations_count_as_much_as_strong_ones(net):
+    # Without biases every activation is proportional to the first layer's weight, and only directions are compared.
+    model, pair = random_lpips(net), make_pair()
+    for parameter in model.features.parameters():
+        if parameter.ndim == 1:
+            parameter.zero_()
+    expected = model(*pair)
+    model.features[0].weight.mul_(1e-5)
+    torch.testing.assert_close(model(*pair), expected, rtol=1e-3, atol=0)
 
 
 def test_gradients_agree_with_finite_differences():
@@ -251,6 +264,27 @@ def test_a_folder_without_the_net_or_with_two_is_refused(tmp_path):
         LPIPS.from_pretrained(tmp_path, "alex", revision="main")
     with pytest.raises(OSError, match="no name of a repository"):
         LPIPS.from_pretrained("not//a name", "alex")
+
+
+@pytest.fixture
+def offline_hub(tmp_path, monkeypatch):
+    """The cache of a machine without a network: one commit of `someone/lpips` is in it."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    snapshot, commit = tmp_path / "models--someone--lpips", "0123456789" * 4
+    (snapshot / "refs").mkdir(parents=True)
+    (snapshot / "refs" / "main").write_text(commit)
+    return snapshot / "snapshots" / commit
+
+
+def test_a_repository_is_read_from_the_cache(offline_hub):
+    model, pair = random_lpips("alex"), make_pair()
+    model.save_file(offline_hub / "lpips_alex.safetensors")
+    assert torch.equal(LPIPS.from_pretrained("someone/lpips", "alex")(*pair), model(*pair))
+    with pytest.raises(FileNotFoundError, match=r"'someone/lpips' has no \*vgg\*.safetensors"):
+        LPIPS.from_pretrained("someone/lpips")
+    with pytest.raises(OSError, match="'someone/other' at revision 'v2' is not on this machine and cannot be had"):
+        LPIPS.from_pretrained("someone/other", revision="v2")
 
 
 # Real weights

@@ -64,7 +64,7 @@ class DistillationOptions:
         learning_rate: Of AdamW, after the warm-up.
         lr_scheduler: Of diffusers: cosine, constant_with_warmup, ...
         warmup_steps: Of the learning rate.
-        mixed_precision: no, bf16 or fp16.
+        mixed_precision: no or bf16.
         ema_decay: Of the averaged weights, which are what is saved.
         checkpointing_steps: Steps between checkpoints, each with a validation.
         resume_from_checkpoint: latest, or the folder of a checkpoint.
@@ -191,13 +191,9 @@ def save_student(student: FrozenEncoder, folder: Path, record: dict) -> None:
 def main(options: DistillationOptions) -> FrozenEncoder:
     """Train, and return the student with its averaged weights."""
     output = Path(options.output_dir)
-    accelerator = make_accelerator(
-        output,
-        seed=options.seed,
-        mixed_precision=options.mixed_precision,
-        report_to=options.report_to,
-        config=vars(options),
-    )
+    accelerator = make_accelerator(output, options)
+    checkpoints = Checkpoints(output, accelerator)
+    resumed = checkpoints.find(options.resume_from_checkpoint)
     ranks = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
     transform = PictureTransform(options.resolution, crop="random_resized", flip=True)
     loader = PictureLoader(
@@ -224,14 +220,18 @@ def main(options: DistillationOptions) -> FrozenEncoder:
         options.learning_rate,
         betas=(0.9, 0.95),
     )
-    scheduler = get_scheduler(options.lr_scheduler, optimizer, options.warmup_steps, options.max_train_steps)
+    scheduler = get_scheduler(
+        options.lr_scheduler,
+        optimizer,
+        num_warmup_steps=options.warmup_steps,
+        num_training_steps=options.max_train_steps,
+    )
     ema = make_ema(objective, options.ema_decay)
     ema.to(accelerator.device)
     guard = StepGuard(reduce=sum_over_processes(accelerator))
     wrapped, optimizer = accelerator.prepare(objective, optimizer)
     accelerator.register_for_checkpointing(scheduler, ema, guard)
-    checkpoints = Checkpoints(output, accelerator)
-    first = checkpoints.resume(options.resume_from_checkpoint)
+    first = checkpoints.load(resumed)
     if not first:
         measure_teacher(objective, teacher, loader, accelerator.device)
 

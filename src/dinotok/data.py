@@ -10,15 +10,15 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
-from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils.data import DataLoader
 
-from .picture_order import BucketOrder, Draw, PictureOrder, RowOrder, aspect_ratio_buckets
-from .picture_samples import MAX_ATTEMPTS, PictureReader, RowSamples, collate, picture_sizes, undecoded
+from .picture_order import BucketOrder, PictureOrder, RowOrder, aspect_ratio_buckets
+from .picture_rows import RowSource, picture_sizes
+from .picture_samples import MAX_ATTEMPTS, BatchShare, PictureReader, undecoded
 from .picture_sources import load_pictures
+from .picture_streams import StreamSource
 from .transforms import PictureTransform, to_pixels
 
 if TYPE_CHECKING:
@@ -39,6 +39,15 @@ class PictureLoader:
     random state of no library is read or changed.
 
     A sample that cannot be read is replaced by another, drawn from the seed, its epoch and its row, and counted.
+
+    A streamed data set is read as lanes: lane `l` of `L` reads every `L`-th shard of an order drawn from the seed and
+    the epoch, shuffles each within a bounded buffer, and gives every batch the same number of samples; when its shards
+    are used up it begins its next epoch, sooner than a lane with longer ones. `L` is `world_size` times the largest
+    power of two such that it divides the global batch and is neither above 32 (8 per process from 8 processes on) nor
+    above the number of shards. So the laws above hold for any number of workers (those without a lane are not started)
+    and, for 1, 2 or 4 processes, of processes. To go on at a later batch, what lies before it is read through, not
+    decoded; shards of known length are skipped. What replaces an unreadable sample is the next of its lane, and row
+    numbers are `shard * 2**32 + place`.
 
     Args:
         dataset: From `load_pictures`, or any with pictures (encoded, decoded or as bytes) in a column.
@@ -61,6 +70,8 @@ class PictureLoader:
         num_samples: Rows of the data set; None when it is streamed.
         steps_per_epoch: Batches that hold every row once, rounded up; with buckets, those of one epoch; None when
             streamed.
+        shard_lengths: Rows of those shards of a streamed data set that were read to their end. Save it and update it
+            before `batches(start)` to begin sooner.
         num_seen: Samples read by this process, skipped ones included.
         num_skipped: Those among them that could not be read.
 
@@ -85,22 +96,29 @@ class PictureLoader:
         buckets: Sequence[tuple[int, int]] | None = None,
     ):
         _check_numbers(batch_size, num_workers, rank, world_size, max_skipped_share)
-        self.batch_size, self.num_workers, self.rank, self.world_size = batch_size, num_workers, rank, world_size
-        self.max_skipped_share = max_skipped_share
+        self.batch_size, self.max_skipped_share = batch_size, max_skipped_share
         self.num_seen, self.num_skipped = 0, 0
+        self.num_samples: int | None = None
+        self.steps_per_epoch: int | None = None
+        self.shard_lengths: dict[int, int] = {}
         dataset, label_column = undecoded(dataset, image_column, label_column)
-        self.num_samples: int | None = len(dataset)
+        reader = PictureReader(transform, seed, image_column, label_column)
+        share = BatchShare(batch_size, rank, world_size, num_workers)
+        self._source: RowSource | StreamSource
+        if not hasattr(dataset, "__len__"):  # streamed
+            if buckets is not None:
+                raise ValueError("buckets need the sizes of all pictures, so a data set that is not streamed.")
+            self._source = StreamSource(dataset, reader, share, self.shard_lengths, shuffle)
+            return
+        self.num_samples = len(dataset)
         if not self.num_samples:
             raise ValueError("The data set has no rows.")
-        self._dataset = dataset
-        self._reader = PictureReader(transform, seed, image_column, label_column)
-        self._order: PictureOrder
-        if buckets is None:
-            self._order = RowOrder(self.num_samples, batch_size * world_size, seed, shuffle)
-        else:
+        order: PictureOrder = RowOrder(self.num_samples, share.global_batch_size, seed, shuffle)
+        if buckets is not None:
             sizes = picture_sizes(dataset, image_column)
-            self._order = BucketOrder(sizes, buckets, batch_size * world_size, seed, shuffle)
-        self.steps_per_epoch: int | None = self._order.steps_per_epoch
+            order = BucketOrder(sizes, buckets, share.global_batch_size, seed, shuffle)
+        self.steps_per_epoch = order.steps_per_epoch
+        self._source = RowSource(dataset, reader, share, order)
 
     def batches(self, start: int = 0) -> Iterator[dict[str, Any]]:
         """Yield batches without end; close the iterator, or drop it, to stop the worker processes.
@@ -118,9 +136,7 @@ class PictureLoader:
         """
         if start < 0:
             raise ValueError(f"start={start} is negative.")
-        first = self.rank * self.batch_size
-        plan = (self._order.draws(number)[first : first + self.batch_size] for number in count(start))
-        return self._checked(self._load(plan, substitute=True), whole=True)
+        return self._checked(self._source.batches(start), whole=True)
 
     def once(self) -> Iterator[dict[str, Any]]:
         """Yield every sample of the data set once, in its order, divided among the processes.
@@ -134,24 +150,7 @@ class PictureLoader:
         Raises:
             ValueError: As `batches`.
         """
-        return self._checked(self._load(self._pass(), substitute=False), whole=False)
-
-    def _pass(self) -> Iterator[list[Draw]]:
-        total, size = len(self._dataset), self.batch_size * self.world_size
-        for start in range(0, total, size):
-            rows = min(size, total - start)
-            first, last = (start + rows * rank // self.world_size for rank in (self.rank, self.rank + 1))
-            if first < last:
-                yield [Draw(0, row) for row in range(first, last)]
-
-    def _load(self, plan: Iterable[list[Draw]], substitute: bool) -> Iterable[dict[str, Any]]:
-        return DataLoader(
-            RowSamples(self._dataset, self._reader, substitute),
-            batch_sampler=plan,
-            num_workers=self.num_workers,
-            collate_fn=collate,
-            generator=torch.Generator(),  # else it draws a seed from the global one
-        )
+        return self._checked(self._source.once(), whole=False)
 
     def _checked(self, batches: Iterable[dict[str, Any]], whole: bool) -> Iterator[dict[str, Any]]:
         """Count what was skipped, and stop when it is too much."""

@@ -300,3 +300,6 @@ def _download(name: str, net: str, revision: str | None) -> Path:
         raise FileNotFoundError(
             f"{name!r} is no file, no folder, and no name of a repository (owner/name)."
         ) from error
+    except OSError as error:  # not found, gated, offline and not in the cache, ...
+        where = f"{name!r}" + (f" at revision {revision!r}" if revision else "")
+        raise OSError(f"{where} is not on this machine and cannot be had from the Hub: {error}") from error

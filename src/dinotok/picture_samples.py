@@ -1,16 +1,15 @@
 """Samples out of the rows of a data set, with a substitute for what cannot be read."""
 
-import io
-from collections.abc import Callable, Sequence
+import signal
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from PIL import ExifTags, Image
-from torch.utils.data import Dataset as TorchDataset
+from torch.utils.data import DataLoader
 
 from .picture_order import Draw, mix
-from .transforms import PictureTransform, encoded_picture
+from .transforms import PictureTransform
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -18,9 +17,29 @@ if TYPE_CHECKING:
 DEFAULT_LABEL_COLUMN = "label"
 # So many substitutes in a row are damaged only if nearly everything is.
 MAX_ATTEMPTS = 30
-_ROWS_AT_ONCE = 64
-_SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that exchange height and width
 _UNREADABLE = (ValueError, OSError)
+
+
+@dataclass(frozen=True)
+class BatchShare:
+    """Who makes which part of every batch.
+
+    Attributes:
+        batch_size: Samples per batch of one process.
+        rank: Of this process.
+        world_size: Number of processes.
+        num_workers: Of each.
+    """
+
+    batch_size: int
+    rank: int = 0
+    world_size: int = 1
+    num_workers: int = 0
+
+    @property
+    def global_batch_size(self) -> int:
+        """Samples per batch of all processes."""
+        return self.batch_size * self.world_size
 
 
 @dataclass(frozen=True)
@@ -91,38 +110,6 @@ class PictureReader:
             return Sample(None, None, draw.row, 1, f"row {draw.row}: {error}")
 
 
-class RowSamples(TorchDataset):
-    """The samples of a map-style data set, by draws instead of numbers; goes to worker processes.
-
-    Args:
-        dataset: From `undecoded`.
-        reader: Makes a sample of a row.
-        substitute: Whether another row takes the place of one that cannot be read, else it is left out.
-    """
-
-    def __init__(self, dataset: "Dataset", reader: PictureReader, substitute: bool):
-        self.dataset, self.reader, self.substitute = dataset, reader, substitute
-        self.num_rows = len(dataset)
-
-    def __getitems__(self, draws: list[Draw]) -> list[Sample]:
-        rows = rows_of(self.dataset[[draw.row for draw in draws]])
-        if self.substitute:
-            return [self._read(row, draw) for row, draw in zip(rows, draws, strict=True)]
-        return [self.reader.read_or_skip(row, draw) for row, draw in zip(rows, draws, strict=True)]
-
-    def __getitem__(self, draw: Draw) -> Sample:
-        return self.__getitems__([draw])[0]
-
-    def _read(self, row: dict[str, Any], draw: Draw) -> Sample:
-        def row_at(attempt: int) -> tuple[dict[str, Any], Draw]:
-            if attempt == 0:
-                return row, draw
-            other = mix("substitute", self.reader.seed, draw.epoch, draw.row, attempt) % self.num_rows
-            return self.dataset[other], draw._replace(row=other)
-
-        return self.reader.read_or_substitute(draw, row_at)
-
-
 def rows_of(columns: dict[str, list]) -> list[dict[str, Any]]:
     """Turn columns into rows."""
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
@@ -141,6 +128,30 @@ def collate(samples: Sequence[Sample]) -> dict[str, Any]:
     if good and good[0].label is not None:
         batch["labels"] = torch.tensor([sample.label for sample in good], dtype=torch.int64)
     return batch
+
+
+def load(dataset: Any, num_workers: int, **options: Any) -> Iterator[dict[str, Any]]:
+    """Iterate over a torch `DataLoader` that leaves the global random state alone, and Ctrl-C to this process."""
+    # Without a generator of its own it draws a seed from the global one.
+    generator = torch.Generator()
+    loader = DataLoader(
+        dataset, num_workers=num_workers, generator=generator, worker_init_fn=_ignore_interrupt, **options
+    )
+    return iter(loader)
+
+
+def check_columns(present: Collection[str], image_column: str, label_column: str | None) -> str | None:
+    """Return the label column, None if it is the default one and absent.
+
+    Raises:
+        ValueError: If it or the pictures are missing.
+    """
+    if label_column == DEFAULT_LABEL_COLUMN and label_column not in present:
+        label_column = None
+    for column in filter(None, (image_column, label_column)):
+        if column not in present:
+            raise ValueError(f"The data set has no column {column!r}, only {', '.join(present) or 'none'}.")
+    return label_column
 
 
 def undecoded(
@@ -163,43 +174,17 @@ def undecoded(
 
     dataset = dataset.with_format(None)
     features = dataset.features or dict.fromkeys(next(iter(dataset), {}))
-    if image_column not in features:
-        raise ValueError(f"The data set has no column {image_column!r}, only {', '.join(features) or 'none'}.")
-    if label_column not in features:
-        if label_column not in (None, DEFAULT_LABEL_COLUMN):
-            raise ValueError(f"The data set has no column {label_column!r}, only {', '.join(features)}.")
-        label_column = None
+    label_column = check_columns(features, image_column, label_column)
     _check_types(image_column, features[image_column], label_column, features.get(label_column))
-    dataset = dataset.select_columns([image_column, *filter(None, [label_column])])
     feature = features[image_column]
     if isinstance(feature, ImageFeature) and feature.decode:
         dataset = dataset.cast_column(image_column, ImageFeature(decode=False))
-    return dataset, label_column
+    return dataset.select_columns([image_column, *filter(None, [label_column])]), label_column
 
 
-def picture_sizes(dataset: "Dataset", image_column: str) -> list[tuple[int, int] | None]:
-    """Read the `(height, width)` of every picture, upright, from its header; None where that is damaged."""
-    dataset = dataset.select_columns([image_column])
-    starts = range(0, len(dataset), _ROWS_AT_ONCE)
-    return [_size(cell) for start in starts for cell in dataset[start : start + _ROWS_AT_ONCE][image_column]]
-
-
-def _size(cell: Any) -> tuple[int, int] | None:
-    try:
-        source = encoded_picture(cell)
-        if isinstance(source, Image.Image):
-            return _upright_size(source)
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            return _upright_size(image)
-    except Exception:  # decoders raise many types on corrupt bytes; reading the picture will say which
-        return None
-
-
-def _upright_size(image: Image.Image) -> tuple[int, int]:
-    # Pillow decodes a whole PNG to find an orientation that is not in its header.
-    known = image.format != "PNG" or "exif" in image.info
-    sideways = known and image.getexif().get(ExifTags.Base.Orientation) in _SIDEWAYS
-    return (image.width, image.height) if sideways else (image.height, image.width)
+def _ignore_interrupt(worker: int) -> None:
+    """Ctrl-C reaches the workers too; they are to serve the last step of a run that ends cleanly."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _check_types(image_column: str, image: Any, label_column: str | None, label: Any) -> None:

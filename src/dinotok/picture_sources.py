@@ -1,12 +1,11 @@
 """Data sets of pictures, by the name of a repository or by a path to whatever holds them."""
 
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .folders import PICTURE_SUFFIXES
-from .picture_samples import DEFAULT_LABEL_COLUMN
+from .picture_samples import DEFAULT_LABEL_COLUMN, check_columns
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -31,6 +30,8 @@ def load_pictures(
     token: str | None = None,
 ) -> "Dataset | IterableDataset":
     """Open a data set of pictures, which stay encoded.
+
+    Unless it is streamed or saved, `datasets` converts tables and archives to Arrow files in its cache, once.
 
     Args:
         name_or_path: A repository of the Hub, or a path:
@@ -153,23 +154,15 @@ def _named_columns(dataset: Any, image_column: str, label_column: str | None) ->
 
     if dataset.features is None:
         return dataset
-    if image_column == _DEFAULT_IMAGE_COLUMN and image_column not in dataset.features:
-        pictures = [name for name, feature in dataset.features.items() if isinstance(feature, ImageFeature)]
-        if len(pictures) == 1:
-            dataset = dataset.rename_column(pictures[0], image_column)
+    pictures = [name for name, feature in dataset.features.items() if isinstance(feature, ImageFeature)]
+    for name in pictures:  # before anything else: renaming a streamed column decodes it
+        dataset = dataset.cast_column(name, ImageFeature(decode=False))
+    if image_column == _DEFAULT_IMAGE_COLUMN and image_column not in dataset.features and len(pictures) == 1:
+        dataset = dataset.rename_column(pictures[0], image_column)
     if label_column == DEFAULT_LABEL_COLUMN and label_column not in dataset.features and "cls" in dataset.features:
         dataset = dataset.rename_column("cls", label_column)
-    allowed = {None, DEFAULT_LABEL_COLUMN, *dataset.features}
-    _require_columns(dataset.features, image_column, label_column if label_column not in allowed else None)
+    label_column = check_columns(dataset.features, image_column, label_column)
     text = isinstance(dataset.features.get(label_column), Value) and dataset.features[label_column].dtype == "string"
     if text and isinstance(dataset, Dataset):
         dataset = dataset.class_encode_column(label_column)
-    if isinstance(dataset.features[image_column], ImageFeature):
-        dataset = dataset.cast_column(image_column, ImageFeature(decode=False))
     return dataset
-
-
-def _require_columns(present: Iterable[str], *columns: str | None) -> None:
-    for column in columns:
-        if column is not None and column not in present:
-            raise ValueError(f"The data set has no column {column!r}, only {', '.join(present)}.")

@@ -1,11 +1,12 @@
 """What `training_scripts/train_tokenizer.py` trains and how it is scored, apart from the loop."""
 
 import inspect
+import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -18,15 +19,27 @@ from .data import PictureLoader, to_pixels
 from .folders import write_png
 from .hub import load_tokenizer, tokenizer_classes
 from .image_processor import ImageProcessor
-from .losses import semantic_loss
+from .losses import (
+    AdversarialSchedule,
+    adaptive_weight,
+    discriminator_loss,
+    generator_loss,
+    pixel_loss,
+    semantic_loss,
+)
+from .lpips import LPIPS
 from .metrics import ReconstructionMetrics
 from .models.discrete import DiscreteTokenizer
+from .models.discriminators import FeatureDiscriminator, PatchDiscriminator
+from .models.encoders import FrozenEncoder
 from .models.tokenizer_model import TokenizerModel
 from .pictures import SheetEntry, sheet
 from .reports import to_pictures, usage_of
-from .training import read_json
+from .training import mean_over_processes, read_json, trainable
 from .transcoding import code_counters
 
+PIXEL_LOSSES: tuple[Literal["l1", "l2"], ...] = ("l1", "l2")
+LOSSES = (*PIXEL_LOSSES, "lpips", "adversarial", "semantic", "codebook")
 SHEET_PICTURES = 8
 
 
@@ -92,6 +105,60 @@ def _is_fitted(tokenizer: TokenizerModel) -> bool:
     return tokenizer.config["latents_mean"] is not None
 
 
+def parse_losses(values: Sequence[str]) -> dict[str, float]:
+    """Read the weights of the losses.
+
+    Args:
+        values: Such as `["l1=1", "lpips=0.5"]`.
+
+    Returns:
+        The weight of every loss in `LOSSES`, 0 where none is given.
+
+    Raises:
+        ValueError: If one is unknown, named twice, no number or negative, or if all are 0.
+    """
+    weights: dict[str, float] = {}
+    for value in values:
+        name, _, number = value.partition("=")
+        if name not in LOSSES or name in weights:
+            raise ValueError(f"{value!r} is not one of {', '.join(f'{known}=WEIGHT' for known in LOSSES)}, each once.")
+        try:
+            weights[name] = float(number)
+        except ValueError:
+            raise ValueError(f"{value!r} has no number after the '='.") from None
+        if not 0 <= weights[name] < math.inf:
+            raise ValueError(f"{value!r} is not a finite weight of at least 0.")
+    if not any(weights.get(name) for name in ("l1", "l2", "lpips")):
+        raise ValueError(f"losses={list(values)} has no reconstruction loss: give l1, l2 or lpips a weight.")
+    return {name: weights.get(name, 0.0) for name in LOSSES}
+
+
+def load_lpips(name: str | None, device: torch.device) -> LPIPS:
+    """Load the perceptual net of a run.
+
+    Raises:
+        ValueError: If none is named.
+        OSError: If it cannot be had.
+    """
+    if name is None:
+        raise ValueError("The lpips loss needs weights: pass --perceptual_net with a file, a folder or a repository.")
+    net = LPIPS.from_file(name) if os.path.isfile(name) else LPIPS.from_pretrained(name)
+    return net.to(device)
+
+
+def reconstruction_loss(
+    made: "ObjectiveOutput", pixels: torch.Tensor, weights: Mapping[str, float], lpips: LPIPS | None
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Return the weighted pixel and perceptual losses in float32, and every loss by name, without its weight."""
+    sample = made.sample.float()
+    terms: dict[str, torch.Tensor] = {kind: pixel_loss(sample, pixels, kind) for kind in PIXEL_LOSSES if weights[kind]}
+    if lpips is not None:
+        terms["lpips"] = lpips(sample, pixels).mean()
+    total = torch.stack([weights[name] * value for name, value in terms.items()]).sum()
+    others = {"codebook": made.codebook_loss, "semantic": made.semantic_loss}
+    return total, {**terms, **{name: value for name, value in others.items() if weights[name]}}
+
+
 class ObjectiveOutput(NamedTuple):
     """What a tokenizer makes of a batch of pictures.
 
@@ -146,9 +213,61 @@ class TokenizerObjective(nn.Module):
         return semantic_loss(self.tokenizer.encoder(sample)[0], target)
 
 
-def last_layer(tokenizer: TokenizerModel) -> torch.Tensor:
-    """Return the weight that the adaptive adversarial weight compares gradients at: the pixel decoder's last."""
-    return tokenizer.decoder.conv_out.weight
+class Adversary:
+    """A discriminator on its schedule: what the tokenizer pays to fool it, and its own learning.
+
+    Args:
+        name: "patch" for a PatchGAN, with the hinge losses of VQGAN; else the folder or repository of the frozen
+            encoder whose features it reads, with the tokenizer's loss non-saturating, as in VFMTok.
+        schedule: When it learns and how much it counts.
+        accelerator: Prepares it and its optimizer.
+        learning_rate: Of AdamW.
+    """
+
+    def __init__(self, name: str, schedule: AdversarialSchedule, accelerator: Accelerator, learning_rate: float):
+        self.schedule = schedule
+        self.accelerator = accelerator
+        is_patch = name == "patch"
+        self.kind: Literal["hinge", "non_saturating"] = "hinge" if is_patch else "non_saturating"
+        module = PatchDiscriminator() if is_patch else FeatureDiscriminator(FrozenEncoder.from_encoder(name))
+        self.module: nn.Module = module.to(accelerator.device)
+        self.parameters = trainable(self.module)
+        optimizer = torch.optim.AdamW(self.parameters, learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+        self.wrapped, self.optimizer = accelerator.prepare(self.module, optimizer)
+
+    def term(
+        self, loss: torch.Tensor, sample: torch.Tensor, last_layer: torch.Tensor, step: int
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Return what the tokenizer pays, and its parts by name; nothing before the discriminator has warmed up.
+
+        Args:
+            loss: Its reconstruction loss; the term pulls as hard on the last layer (`adaptive_weight`).
+            sample: Its reconstructions.
+            last_layer: The weight of its last layer.
+            step: Optimizer steps done.
+        """
+        weight = self.schedule.weight(step)
+        if not weight:
+            return loss.new_zeros(()), {}
+        for parameter in self.parameters:  # no gradients for it here
+            parameter.requires_grad_(False)
+        paid = generator_loss(self.module(sample.float()), self.kind)
+        for parameter in self.parameters:
+            parameter.requires_grad_(True)
+        balance = adaptive_weight(loss, paid, last_layer, reduce=mean_over_processes(self.accelerator))
+        return weight * balance * paid, {"adversarial": paid, "adaptive_weight": balance}
+
+    def backward(
+        self, pixels: torch.Tensor, sample: torch.Tensor, step: int, accumulation: int, last: bool
+    ) -> dict[str, torch.Tensor]:
+        """Compute its gradients on pictures and reconstructions, if it is to learn; return its loss by name."""
+        if not self.schedule.trains_discriminator(step):
+            return {}
+        with accumulating(self.wrapped, last):
+            real, fake = self.wrapped(torch.cat([pixels, sample.detach().float()])).chunk(2)
+            loss = discriminator_loss(real, fake)
+            self.accelerator.backward(loss / accumulation)
+        return {"discriminator": loss}
 
 
 def accumulating(module: nn.Module, last: bool):
@@ -170,7 +289,7 @@ class Validation(NamedTuple):
 
 @torch.no_grad()
 def validate(
-    tokenizer: TokenizerModel, loader: PictureLoader, accelerator: Accelerator, lpips: Callable | None
+    tokenizer: TokenizerModel, loader: PictureLoader, accelerator: Accelerator, lpips: LPIPS | None
 ) -> Validation:
     """Score reconstructions of validation pictures over all processes.
 
@@ -180,7 +299,8 @@ def validate(
         accelerator: Gathers the scores.
         lpips: Perceptual distance; None leaves it out.
     """
-    metrics, counters, pairs = ReconstructionMetrics(lpips=lpips), code_counters(tokenizer), []
+    metrics, counters = ReconstructionMetrics(), code_counters(tokenizer)
+    pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
     for batch in loader.once():
         pixels = to_pixels(batch["pixel_values"].to(accelerator.device))
         latents = tokenizer.encode(pixels).latent
@@ -190,7 +310,7 @@ def validate(
             for index, counter in enumerate(counters.values()):
                 counter.update(found.indices[:, index])
         sample = tokenizer.decode(latents).sample.float()
-        metrics.update(sample, pixels)
+        metrics.update(sample, pixels, lpips)
         if len(pairs) < SHEET_PICTURES:
             pairs += list(zip(pixels.cpu(), sample.cpu(), strict=True))
     states = gather_object([(metrics, [counter.counts for counter in counters.values()])])

@@ -15,12 +15,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, set_seed
 from diffusers.training_utils import EMAModel
+from huggingface_hub import ModelCardData, create_repo, upload_folder
 from safetensors import safe_open
 from torch import nn
 from transformers import HfArgumentParser
@@ -54,7 +55,7 @@ def parse_options(options_class: type[Options], arguments: Sequence[str] | None 
         ValueError: If the file is no JSON or has an option that the script does not know.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    parser = HfArgumentParser(options_class)  # type: ignore[arg-type]
+    parser = HfArgumentParser(options_class)
     if len(arguments) != 1 or not arguments[0].endswith(".json"):
         return parser.parse_args_into_dataclasses(arguments)[0]
     values = read_json(arguments[0])
@@ -122,42 +123,48 @@ def _commit() -> str | None:
 # --------------------------------------------------------------------------------------------------- accelerator
 
 
-def make_accelerator(
-    output_dir: str | os.PathLike[str],
-    *,
-    seed: int,
-    mixed_precision: str | None = None,
-    gradient_accumulation_steps: int = 1,
-    report_to: str | None = None,
-    config: Mapping[str, Any] | None = None,
-) -> Accelerator:
-    """Build the accelerator of a run and seed everything.
+class RunOptions(Protocol):
+    """The options that every training script has."""
+
+    seed: int
+    mixed_precision: str
+    report_to: str | None
+
+
+def make_accelerator(output_dir: str | os.PathLike[str], options: RunOptions) -> Accelerator:
+    """Build the accelerator of a run, seed everything (equally on all ranks) and start the trackers.
 
     Args:
         output_dir: Of the run; trackers write to its `logs`.
-        seed: Every rank gets the same, so that all start with the same weights.
-        mixed_precision: "no", "fp16", "bf16"; None for what `accelerate config` says.
-        gradient_accumulation_steps: Batches per optimizer step.
-        report_to: Trackers, separated by commas: tensorboard, wandb, trackio; None for none.
-        config: What trackers are told about the run.
+        options: The script's dataclass. `mixed_precision` is "no" or "bf16": under fp16 loss scaling, overflow is
+            normal and cannot be told from what went wrong. `report_to` names trackers, separated by commas.
+
+    Raises:
+        ValueError: If the precision is another.
     """
+    if options.mixed_precision not in ("no", "bf16"):
+        raise ValueError(f"mixed_precision={options.mixed_precision!r} is neither 'no' nor 'bf16'.")
     project = ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(Path(output_dir) / "logs"))
     accelerator = Accelerator(
-        gradient_accumulation_steps=gradient_accumulation_steps,
-        mixed_precision=mixed_precision,
-        log_with=report_to.split(",") if report_to else None,
+        mixed_precision=options.mixed_precision,
+        log_with=options.report_to.split(",") if options.report_to else None,
         project_config=project,
     )
-    set_seed(seed)
-    if report_to:
-        plain = {key: value for key, value in (config or {}).items() if isinstance(value, int | float | str | bool)}
-        accelerator.init_trackers("dinotok", plain)
+    set_seed(options.seed)
+    if options.report_to:
+        values = dataclasses.asdict(options).items()  # type: ignore[call-overload]
+        accelerator.init_trackers("dinotok", {k: v for k, v in values if isinstance(v, int | float | str | bool)})
     return accelerator
 
 
 def sum_over_processes(accelerator: Accelerator) -> Callable[[torch.Tensor], torch.Tensor]:
     """Return a function that adds up a tensor over all processes."""
     return lambda tensor: accelerator.reduce(tensor, "sum")
+
+
+def mean_over_processes(accelerator: Accelerator) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return a function that averages a tensor over all processes."""
+    return lambda tensor: accelerator.reduce(tensor, "mean")
 
 
 class StopRequest:
@@ -239,39 +246,49 @@ class Checkpoints:
         numbers = (path.name.removeprefix(_PREFIX) for path in self.folder.glob(f"{_PREFIX}*"))
         return sorted(int(number) for number in numbers if number.isdigit())
 
-    def resume(self, which: str | None) -> int:
-        """Load a checkpoint.
+    def find(self, which: str | None) -> Path | None:
+        """Find the checkpoint that a run is to go on from; cheap, so a wrong one is known before anything is built.
 
         Args:
-            which: "latest" (none yet is no error), a checkpoint's folder, or None to start anew.
+            which: "latest", a checkpoint's folder, or None to start anew.
+
+        Returns:
+            Its folder; None to start anew, which "latest" means where there is none yet.
+
+        Raises:
+            FileNotFoundError: If the folder does not exist.
+            FileExistsError: If the run starts anew where there are checkpoints, which it would overwrite.
+        """
+        steps = self.steps()
+        if which is None and steps:
+            raise FileExistsError(
+                f"{str(self.folder)!r} has a checkpoint of step {steps[-1]}: pass --resume_from_checkpoint latest "
+                "to go on, or another --output_dir."
+            )
+        if which is None or (which == "latest" and not steps):
+            return None
+        path = self.folder / f"{_PREFIX}{steps[-1]}" if which == "latest" else Path(which)
+        if not path.is_dir() or not path.name.removeprefix(_PREFIX).isdigit():
+            raise FileNotFoundError(f"{which!r} is not the folder of a checkpoint ({_PREFIX}STEP).")
+        return path
+
+    def load(self, path: Path | None) -> int:
+        """Load a checkpoint into what was prepared and registered.
+
+        Args:
+            path: From `find`.
 
         Returns:
             How many steps are done.
 
         Raises:
-            FileNotFoundError: If the folder does not exist.
-            FileExistsError: If the run starts anew where there are checkpoints, which it would overwrite.
             ValueError: If the checkpoint is of another model.
         """
-        steps = self.steps()
-        if which is None:
-            if steps:
-                raise FileExistsError(
-                    f"{str(self.folder)!r} has a checkpoint of step {steps[-1]}: pass --resume_from_checkpoint latest "
-                    "to go on, or another --output_dir."
-                )
+        if path is None:
             return 0
-        if which == "latest":
-            if not steps:
-                return 0
-            which = str(self.folder / f"{_PREFIX}{steps[-1]}")
-        path = Path(which)
-        number = path.name.removeprefix(_PREFIX)
-        if not path.is_dir() or not number.isdigit():
-            raise FileNotFoundError(f"{which!r} is not the folder of a checkpoint ({_PREFIX}STEP).")
         self._check_fits(path)
         self.accelerator.load_state(str(path), strict=False)
-        return int(number)
+        return int(path.name.removeprefix(_PREFIX))
 
     def _check_fits(self, path: Path) -> None:
         for index, model in enumerate(self.accelerator._models):
@@ -352,3 +369,59 @@ def averaged(model: nn.Module, ema: EMAModel | None) -> Iterator[nn.Module]:
         if ema is not None:
             ema.restore(parameters)
         model.train(training)
+
+
+# -------------------------------------------------------------------------------------------------------- results
+
+
+def publish(model: Any, folder: Path, record: Mapping[str, Any], repo_id: str | None = None) -> None:
+    """Save a trained model with its record and a card, and upload it if a repository is named.
+
+    A frozen encoder that came from the Hub is left out: the config names it, and its licence stays with its owner.
+
+    Args:
+        model: With `save_pretrained`.
+        folder: For the model; `training.json` and `README.md` are written beside its weights.
+        record: From `training_record`.
+        repo_id: Of the Hub; None uploads nothing.
+    """
+    model.save_pretrained(folder, include_encoder=model.config.get("encoder_repository") is None)
+    write_json(folder / RECORD_NAME, record)
+    card = training_card(type(model).__name__, model.config.get("encoder_repository"), record)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    if repo_id is not None:
+        repo_id = create_repo(repo_id, exist_ok=True).repo_id
+        upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Trained model")
+
+
+def training_card(class_name: str, base_model: str | None, record: Mapping[str, Any]) -> str:
+    """Return the model card of a training run: what it is, how it was made, what was measured on which data."""
+    data = ModelCardData(
+        library_name="diffusers", pipeline_tag="image-to-image", base_model=base_model, tags=["dinotok", class_name]
+    )
+    options = record["options"]
+    command = " ".join(f"--{key} {_shell(value)}" for key, value in options.items() if value not in (None, False))
+    rows = [f"| {name.removeprefix('validation/')} | {value:.4g} |" for name, value in _scores(record)]
+    results = ["| metric | value |", "|---|---|", *rows] if rows else ["No validation was run."]
+    return "\n".join(
+        [
+            f"---\n{data.to_yaml()}\n---",
+            f"# {class_name} trained on {Path(str(options['dataset'])).name}\n",
+            f"```python\nfrom dinotok import {class_name}\n",
+            f'model = {class_name}.from_pretrained("path/or/repository")\n```\n',
+            f"Trained for {record['steps']} steps by `{record['script']}` of dinotok "
+            f"{record['environment']['dinotok']}; `{RECORD_NAME}` beside the weights runs it again:\n",
+            f"```bash\npython training_scripts/{record['script']} {command}\n```\n",
+            "Measured on the validation pictures of the run, with the averaged weights:\n",
+            *results,
+            "\nThe licence is for you to state: it depends on the pictures and on the frozen encoder.\n",
+        ]
+    )
+
+
+def _scores(record: Mapping[str, Any]) -> list[tuple[str, float]]:
+    return [(name, value) for name, value in record.items() if name.startswith("validation/")]
+
+
+def _shell(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
