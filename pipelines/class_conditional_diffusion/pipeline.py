@@ -126,10 +126,11 @@ class DINOTokDiTPipeline(PipelineCodeMixin, DiffusionPipeline, SanaLoraLoaderMix
         self._set_timesteps(num_inference_steps, sigmas, latents[0].numel(), device)
         options = self._step_options(generator)
         timesteps = self.scheduler.timesteps
+        self._guidance_scale, self._num_timesteps = guidance_scale, len(timesteps)
         times = (timesteps / self.scheduler.config.num_train_timesteps).tolist()
         with self.progress_bar(total=len(timesteps)) as progress:
             for index, (timestep, time) in enumerate(zip(timesteps, times, strict=True)):
-                scale = guidance_scale if guidance_interval[0] <= time <= guidance_interval[1] else 1.0
+                scale = self._guidance_scale if guidance_interval[0] <= time <= guidance_interval[1] else 1.0
                 velocity = self._velocity(latents, time, labels, scale)
                 latents = self.scheduler.step(velocity, timestep, latents, return_dict=False, **options)[0]
                 if callback_on_step_end is not None:
@@ -140,6 +141,16 @@ class DINOTokDiTPipeline(PipelineCodeMixin, DiffusionPipeline, SanaLoraLoaderMix
         images = self.image_processor.postprocess(images, output_type=output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    @property
+    def guidance_scale(self) -> float:
+        """Of the running call; a callback may set `_guidance_scale`, as in diffusers' pipelines."""
+        return self._guidance_scale
+
+    @property
+    def num_timesteps(self) -> int:
+        """Evaluations of the running call, counted once each whatever guidance costs."""
+        return self._num_timesteps
 
     def _velocity(self, latents: torch.Tensor, time: float, labels: torch.Tensor, scale: float) -> torch.Tensor:
         """Return the velocity at a time, float32, guided unless the scale is 1."""

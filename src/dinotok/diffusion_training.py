@@ -26,7 +26,7 @@ from .pipelines.class_conditional_diffusion import DINOTokDiTPipeline  # type: i
 from .training import RECORD_NAME, read_json, write_json
 
 SHEET_CLASSES, SHEET_SEEDS, SHEET_STEPS = 10, 4, 25
-LORA_MODULES = ["qkv", "attention.projection", "gate_up", "down"]
+LORA_MODULES = ["to_q", "to_k", "to_v", "to_out.0", "gate_up", "down"]
 
 
 class DiffusionOptions(Protocol):

@@ -38,7 +38,7 @@ def test_the_converted_model_agrees_with_the_reference(tmp_path):
 def test_every_tensor_is_accounted_for(tmp_path):
     converted = convert_dit_dh(save(tmp_path, WEIGHTS))
     assert set(converted.sources) == {name for name, _ in converted.model.named_parameters()}
-    assert sorted([*converted.sources.values(), *converted.dropped]) == sorted(WEIGHTS)
+    assert sorted({*converted.sources.values(), *converted.dropped}) == sorted(WEIGHTS)
     assert set(converted.dropped) == {"pos_embed", *ROTARY_TABLES}
 
 
@@ -100,7 +100,7 @@ def broken(change):
         (lambda w: w.pop("t_embedder.W"), "no tensor 't_embedder.W'"),
         (lambda w: w.pop("y_embedder.embedding_table.weight"), "no DiT-DH or LightningDiT"),
         (lambda w: w.update(extra=torch.zeros(1)), "1 tensors that the model does not, first 'extra'"),
-        (lambda w: w.update({"s_projector.weight": torch.zeros(24, 17)}), "'s_projector.weight' has shape"),
+        (lambda w: w.update({"s_projector.weight": torch.zeros(24, 17)}), "'s_projector.weight' gives"),
         (lambda w: w.update({"pos_embed": w["pos_embed"] + 0.1}), "table 'pos_embed' of the checkpoint is not"),
         (lambda w: w.update({ROTARY_TABLES[0]: -w[ROTARY_TABLES[0]]}), "table 'enc_feat_rope.freqs_cos'"),
     ],

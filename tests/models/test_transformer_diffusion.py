@@ -157,6 +157,17 @@ def test_attention_backends_reach_every_block():
     torch.testing.assert_close(model(**given).sample, expected, atol=2e-5, rtol=1e-4)
 
 
+@torch.no_grad()
+def test_fused_projections_compute_the_same():
+    model, given = tiny(**HEAD), inputs()
+    expected = model(**given).sample
+    model.fuse_qkv_projections()
+    torch.testing.assert_close(model(**given).sample, expected, atol=2e-5, rtol=1e-4)
+    assert all(block.attention.to_qkv.out_features == 96 for block in model.blocks)
+    model.unfuse_qkv_projections()
+    torch.testing.assert_close(model(**given).sample, expected, atol=2e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -224,7 +235,7 @@ def test_the_sine_cosine_table_is_that_of_mae():
 
 # LoRA
 
-LORA = LoraConfig(r=2, lora_alpha=4, target_modules=["qkv", "projection", "gate_up", "down"])
+LORA = LoraConfig(r=2, lora_alpha=4, target_modules=["to_q", "to_k", "to_v", "to_out.0", "gate_up", "down"])
 
 
 def adapted(seed: int = 1) -> DiffusionTransformer2DModel:

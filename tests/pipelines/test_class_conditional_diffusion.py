@@ -465,7 +465,7 @@ def test_a_repository_of_the_hub_loads(pipeline, folder, tmp_path, code):
 
 def save_adapter(folder: Path, seed: int) -> None:
     model = tiny_transformer()
-    model.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["qkv", "projection"]))
+    model.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
     generator = seeded(seed)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:

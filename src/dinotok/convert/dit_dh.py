@@ -85,17 +85,19 @@ def convert_dit_dh(
     config = _read_config(reader, tensors, (num_attention_heads, head_num_attention_heads), head_num_layers)
     with torch.device("meta"):
         model = DiffusionTransformer2DModel.from_config(config)
-    weights = {}
-    for target, source, transform in _names(config):
-        weights[target] = transform(reader.take(source, target)).float()
-        shape, expected = tuple(weights[target].shape), tuple(model.get_parameter(target).shape)
-        if shape != expected:
-            raise ValueError(f"{source!r} has shape {shape} after conversion, but {target!r} needs {expected}.")
+    weights, sources = {}, {}
+    for targets, source, transform in _names(config):
+        tensor = transform(reader.take(source, targets[0])).float()
+        for target, part in zip(targets, tensor.chunk(len(targets)), strict=True):
+            expected = tuple(model.get_parameter(target).shape)
+            if tuple(part.shape) != expected:
+                raise ValueError(f"{source!r} gives {tuple(part.shape)} values, but {target!r} needs {expected}.")
+            weights[target], sources[target] = part.clone(), source
     _check_tables(reader, tensors, config)
     reader.finish()
     model.load_state_dict(weights, strict=True, assign=True)
     model.time_embedding.features.frequencies.requires_grad_(False)
-    return ConvertedTransformer(model.eval(), dict(reader.used), dict(reader.dropped))
+    return ConvertedTransformer(model.eval(), sources, dict(reader.dropped))
 
 
 def _read_config(
@@ -165,8 +167,12 @@ def _flat(kernel: torch.Tensor) -> torch.Tensor:
     return kernel.flatten(1)
 
 
-def _names(config: dict) -> list[tuple[str, str, Callable[[torch.Tensor], torch.Tensor]]]:
-    """List `(target, source, transform)` of every parameter."""
+_Transform = Callable[[torch.Tensor], torch.Tensor]
+_Names = list[tuple[tuple[str, ...], str, _Transform]]
+
+
+def _names(config: dict) -> _Names:
+    """List `(targets, source, transform)` of every tensor; several targets share its rows."""
     head = config.get("head_hidden_size")
     patch_size = config["patch_size"]
 
@@ -176,14 +182,14 @@ def _names(config: dict) -> list[tuple[str, str, Callable[[torch.Tensor], torch.
         return grid.movedim(2, 0).flatten(0, 2)
 
     names = [
-        ("time_embedding.features.frequencies", "t_embedder.W", _same),
-        ("class_embedding.weight", "y_embedder.embedding_table.weight", _same),
+        (("time_embedding.features.frequencies",), "t_embedder.W", _same),
+        (("class_embedding.weight",), "y_embedder.embedding_table.weight", _same),
         *_pair("time_embedding.inner", "t_embedder.mlp.0"),
         *_pair("time_embedding.outer", "t_embedder.mlp.2"),
         *_pair("patch_embedding", "s_embedder.proj" if head else "x_embedder.proj", (_flat, _same)),
         *_pair("output.projection", "final_layer.linear", (channels_first, channels_first)),
         *_pair("output.modulation", "final_layer.adaLN_modulation.1"),
-        ("output.norm.weight", "final_layer.norm_final.weight", _same),
+        (("output.norm.weight",), "final_layer.norm_final.weight", _same),
     ]
     if head:
         names += _pair("head_patch_embedding", "x_embedder.proj", (_flat, _same))
@@ -195,25 +201,28 @@ def _names(config: dict) -> list[tuple[str, str, Callable[[torch.Tensor], torch.
     return names
 
 
-def _pair(target: str, source: str, transforms=(_same, _same)):
-    return [
-        (f"{target}.{kind}", f"{source}.{kind}", t) for kind, t in zip(("weight", "bias"), transforms, strict=True)
-    ]
+def _pair(target: str, source: str, transforms: tuple[_Transform, _Transform] = (_same, _same)) -> _Names:
+    """Weight and bias of a layer."""
+    kinds = zip(("weight", "bias"), transforms, strict=True)
+    return [((f"{target}.{kind}",), f"{source}.{kind}", transform) for kind, transform in kinds]
 
 
-def _block_names(target: str, source: str, qk_norm: bool):
+def _block_names(target: str, source: str, qk_norm: bool) -> _Names:
+    def queries_keys_values(kind: str) -> tuple[str, ...]:
+        return tuple(f"{target}.attention.to_{name}.{kind}" for name in "qkv")
+
     names = [
-        (f"{target}.attention_norm.weight", f"{source}.norm1.weight", _same),
-        (f"{target}.feed_forward_norm.weight", f"{source}.norm2.weight", _same),
-        *_pair(f"{target}.attention.qkv", f"{source}.attn.qkv"),
-        *_pair(f"{target}.attention.projection", f"{source}.attn.proj"),
+        ((f"{target}.attention_norm.weight",), f"{source}.norm1.weight", _same),
+        ((f"{target}.feed_forward_norm.weight",), f"{source}.norm2.weight", _same),
+        *((queries_keys_values(kind), f"{source}.attn.qkv.{kind}", _same) for kind in ("weight", "bias")),
+        *_pair(f"{target}.attention.to_out.0", f"{source}.attn.proj"),
         *_pair(f"{target}.feed_forward.gate_up", f"{source}.mlp.w12"),
         *_pair(f"{target}.feed_forward.down", f"{source}.mlp.w3"),
         *_pair(f"{target}.modulation", f"{source}.adaLN_modulation.1"),
     ]
     if qk_norm:
-        names.append((f"{target}.attention.query_norm.weight", f"{source}.attn.q_norm.weight", _same))
-        names.append((f"{target}.attention.key_norm.weight", f"{source}.attn.k_norm.weight", _same))
+        names.append(((f"{target}.attention.query_norm.weight",), f"{source}.attn.q_norm.weight", _same))
+        names.append(((f"{target}.attention.key_norm.weight",), f"{source}.attn.k_norm.weight", _same))
     return names
 
 

@@ -287,17 +287,23 @@ class RotaryAttentionProcessor:
         self, attention: "RotaryAttention", hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> torch.Tensor:
         """Map `(B, N, D)` to the same shape."""
-        query, key, value = attention.qkv(hidden).unflatten(-1, (3, attention.num_heads, -1)).unbind(2)
-        query = _turn(attention.query_norm(query), cos, sin)  # (B, N, heads, head_dim)
+        if attention.fused_projections:
+            parts = attention.to_qkv(hidden).chunk(3, dim=-1)
+        else:
+            parts = attention.to_q(hidden), attention.to_k(hidden), attention.to_v(hidden)
+        query, key, value = (
+            part.unflatten(-1, (attention.num_heads, -1)) for part in parts
+        )  # (B, N, heads, head_dim)
+        query = _turn(attention.query_norm(query), cos, sin)
         key = _turn(attention.key_norm(key), cos, sin)
         mixed = dispatch_attention_fn(
             query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config
         )
-        return attention.projection(mixed.flatten(2).to(hidden.dtype))
+        return attention.to_out[0](mixed.flatten(2).to(hidden.dtype))
 
 
 class RotaryAttention(nn.Module, AttentionModuleMixin):
-    """Self-attention with rotary positions.
+    """Self-attention with rotary positions; its layers have the names that LoRA recipes for diffusers expect.
 
     Args:
         hidden_size: Width.
@@ -307,16 +313,20 @@ class RotaryAttention(nn.Module, AttentionModuleMixin):
 
     _default_processor_cls = RotaryAttentionProcessor
     _available_processors = [RotaryAttentionProcessor]
-    _supports_qkv_fusion = False  # the three projections are one matrix from the start
+    _supports_qkv_fusion = True
+    to_qkv: nn.Linear  # made by `fuse_projections`
 
     def __init__(self, hidden_size: int, num_attention_heads: int, qk_norm: bool):
         super().__init__()
         head_dim = hidden_size // num_attention_heads
         self.num_heads = num_attention_heads
-        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.use_bias = True  # read by `fuse_projections`
+        self.to_q = nn.Linear(hidden_size, hidden_size)
+        self.to_k = nn.Linear(hidden_size, hidden_size)
+        self.to_v = nn.Linear(hidden_size, hidden_size)
         self.query_norm = nn.RMSNorm(head_dim, eps=1e-6) if qk_norm else nn.Identity()
         self.key_norm = nn.RMSNorm(head_dim, eps=1e-6) if qk_norm else nn.Identity()
-        self.projection = nn.Linear(hidden_size, hidden_size)
+        self.to_out = nn.ModuleList([nn.Linear(hidden_size, hidden_size)])
         self.processor = RotaryAttentionProcessor()
 
     def forward(self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
