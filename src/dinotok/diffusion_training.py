@@ -161,14 +161,18 @@ def time_shift(options: DiffusionOptions, shape: tuple[int, ...]) -> float:
 def make_draws(
     options: DiffusionOptions, latents: torch.Tensor, labels: torch.Tensor, num_classes: int, step: int, rank: int
 ) -> Draws:
-    """Drop labels, draw times and noise, from the seed, the step and the process alone."""
-    device = latents.device
-    generator = torch.Generator(device).manual_seed(mix("draws", options.seed, step, rank))
-    dropped = torch.rand(len(labels), generator=generator, device=device) < options.class_dropout
-    shift = time_shift(options, tuple(latents.shape[1:]))
-    times = sample_times(len(labels), options.time_distribution, shift, generator=generator, device=device)
-    noise = torch.randn(latents.shape, generator=generator, device=device)
-    return Draws(labels.masked_fill(dropped, num_classes), times, noise)
+    """Drop labels, draw times and noise: for each row from the seed, the step and its place in the global batch alone.
+
+    So the draws of several processes, joined in the order of their ranks, are those of one with the joined batch.
+    """
+    device, shift = latents.device, time_shift(options, tuple(latents.shape[1:]))
+    dropped, times, noise = [], [], []
+    for row in range(rank * len(labels), (rank + 1) * len(labels)):
+        generator = torch.Generator(device).manual_seed(mix("draws", options.seed, step, row))
+        dropped.append(torch.rand(1, generator=generator, device=device) < options.class_dropout)
+        times.append(sample_times(1, options.time_distribution, shift, generator=generator, device=device))
+        noise.append(torch.randn(latents.shape[1:], generator=generator, device=device))
+    return Draws(labels.masked_fill(torch.cat(dropped), num_classes), torch.cat(times), torch.stack(noise))
 
 
 def build_transformer(options: DiffusionOptions, source: LatentSource) -> DiffusionTransformer2DModel:

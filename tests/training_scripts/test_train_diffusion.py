@@ -233,7 +233,10 @@ def test_draws_are_a_function_of_seed_step_and_process(folder, tmp_path):
     for values in ({"step": 4, "rank": 1}, {"step": 3, "rank": 0}):
         other = make_draws(chosen, latents, labels, 2, **values)
         assert not torch.equal(first.noise, other.noise) and not torch.equal(first.times, other.times)
-    many = [make_draws(chosen, latents, labels, 2, step, 0) for step in range(40)]
+    halves = [make_draws(chosen, latents[:32], labels[:32], 2, step=3, rank=rank) for rank in (2, 3)]
+    for whole, parts in zip(first, zip(*halves, strict=True), strict=True):
+        assert torch.equal(whole, torch.cat(parts))  # two processes of half the batch
+    many = [make_draws(chosen, latents, labels, 2, step, 0) for step in range(30)]
     dropped = torch.cat([draws.labels for draws in many])
     assert set(dropped.tolist()) == {1, 2} and (dropped == 2).float().mean() == pytest.approx(0.25, abs=0.03)
     times = torch.cat([draws.times for draws in many])
