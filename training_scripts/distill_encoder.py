@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from torch import nn
 from tqdm import tqdm
 
 from dinotok import FrozenEncoder, config_path
-from dinotok.data import PictureLoader, PictureTransform, load_pictures, to_pixels
+from dinotok.data import PictureLoader, PictureTransform, load_pictures, pixel_batches, to_pixels
 from dinotok.losses import StepGuard
 from dinotok.probes import knn_accuracy
 from dinotok.statistics import StreamingMoments
@@ -132,16 +133,12 @@ def build_student(name: str) -> FrozenEncoder:
 
 
 @torch.no_grad()
-def measure_teacher(objective: Distillation, teacher: FrozenEncoder, loader: PictureLoader, device) -> None:
+def measure_teacher(objective: Distillation, teacher: FrozenEncoder, batches: Iterable[torch.Tensor]) -> None:
     """Set the statistics that targets are standardised with."""
     moments = [StreamingMoments(teacher.hidden_size, covariance=False) for _ in range(2)]
-    for batch in loader.batches():
-        for one, tokens in zip(
-            moments, class_and_patches(teacher, to_pixels(batch["pixel_values"].to(device))), strict=True
-        ):
+    for pixels in batches:
+        for one, tokens in zip(moments, class_and_patches(teacher, pixels), strict=True):
             one.update(tokens.flatten(0, 1))
-        if moments[0].count * loader.world_size >= STATISTICS_PICTURES:
-            break
     for kind, one in enumerate(moments):
         one.all_reduce()
         objective.mean[kind, 0] = one.mean.float()
@@ -170,7 +167,8 @@ def validate(objective: Distillation, teacher: FrozenEncoder, loader: PictureLoa
         for name, parts in rows.items():
             for kind, what in enumerate(("class", "patches")):
                 found = torch.cat(parts)[:, kind]
-                accuracy = knn_accuracy(found[::2], truth[::2], found[1::2], truth[1::2])
+                voters = min(20, len(truth[::2]))
+                accuracy = knn_accuracy(found[::2], truth[::2], found[1::2], truth[1::2], voters)
                 scores[f"validation/{name}_knn_{what}"] = accuracy
     return scores
 
@@ -211,8 +209,9 @@ def main(options: DistillationOptions) -> FrozenEncoder:
             load_pictures(options.validation_dataset), centre, options.batch_size, label_column="label", **ranks
         )
 
-    teacher = FrozenEncoder.from_encoder(options.teacher).to(accelerator.device)
-    objective = Distillation(build_student(options.student), teacher).to(accelerator.device)
+    student = build_student(options.student)
+    teacher = FrozenEncoder.from_encoder(options.teacher, patch_size=student.patch_size).to(accelerator.device)
+    objective = Distillation(student, teacher).to(accelerator.device)
     decayed = [p for p in trainable(objective) if p.ndim > 1]
     others = [p for p in trainable(objective) if p.ndim <= 1]
     optimizer = torch.optim.AdamW(
@@ -233,7 +232,8 @@ def main(options: DistillationOptions) -> FrozenEncoder:
     accelerator.register_for_checkpointing(scheduler, ema, guard)
     first = checkpoints.load(resumed)
     if not first:
-        measure_teacher(objective, teacher, loader, accelerator.device)
+        pictures = pixel_batches(loader, STATISTICS_PICTURES // accelerator.num_processes)
+        measure_teacher(objective, teacher, (pixels.to(accelerator.device) for pixels in pictures))
 
     scores: dict = {}
     progress = tqdm(total=options.max_train_steps, initial=first, disable=not accelerator.is_main_process)

@@ -140,13 +140,13 @@ def common(version: Annotated[bool, typer.Option("--version", help="Print the ve
 
 @app.command()
 def quickstart(output: Output = Path("outputs/quickstart")) -> None:
-    """Fit a small tokenizer on bundled photographs and reconstruct others: offline, in under a minute."""
+    """Encode and decode photographs with the models of the package: offline, in under a minute."""
     with user_errors():
         from .folders import check_output
         from .quickstart import print_quickstart, run_quickstart
 
         check_output(output)
-        typer.echo("Fitting a small tokenizer on bundled photographs ...")
+        typer.echo("Encoding and decoding photographs with the models of the package ...")
         print_quickstart(run_quickstart(output))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from .bundled import resolve_bundled
 from .models.tokenizer_model import TokenizerModel
 
 _WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model-?????-of-?????.safetensors")
@@ -70,7 +71,8 @@ def find_tokenizer(name_or_path: str, revision: str | None = None) -> TokenizerF
     """Find out what a tokenizer is, and fetch its files if it is on the Hub and not in the cache.
 
     Args:
-        name_or_path: A folder that `save_pretrained` wrote, or a repository such as `user/tokenizer`.
+        name_or_path: A folder that `save_pretrained` wrote, a repository such as `user/tokenizer`, or the name of a
+            model that comes with the package, such as `dinotok-tiny-ae`.
         revision: Branch, tag or commit of the repository.
 
     Returns:
@@ -80,10 +82,11 @@ def find_tokenizer(name_or_path: str, revision: str | None = None) -> TokenizerF
         OSError: If there is no such folder or repository, or it cannot be reached.
         ValueError: If it does not hold one of dinotok's tokenizers, or a folder is given a revision.
     """
-    local = os.path.isdir(name_or_path)
+    path = resolve_bundled(name_or_path)
+    local = os.path.isdir(path)
     if local and revision is not None:
         raise ValueError(f"revision={revision!r} is for repositories of the Hub; {name_or_path!r} is a folder.")
-    folder = Path(name_or_path) if local else _download(name_or_path, revision)
+    folder = Path(path) if local else _download(name_or_path, revision)
     config = _read_config(folder, name_or_path)
     class_name = config.get("_class_name")
     if class_name not in tokenizer_classes():

@@ -14,6 +14,7 @@ from accelerate.utils import gather_object
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from .bundled import bundled_models
 from .configs import config_path
 from .data import PictureLoader, to_pixels
 from .folders import write_png
@@ -47,10 +48,10 @@ def build_tokenizer(model: str) -> tuple[TokenizerModel, bool]:
     """Build or load the tokenizer that a run trains.
 
     Args:
-        model: A tokenizer's folder or Hub repository, to go on from; or a recipe: a JSON file, or the name of a
-            bundled configuration. A recipe has the class under `_class_name`, `encoder`, the folder or repository
-            of the frozen encoder, or `autoencoder`, the tokenizer that a `VQModelDINOTok` starts from, and any other
-            argument of the constructor.
+        model: A tokenizer's folder, Hub repository or bundled name, to go on from; or a recipe: a JSON file, or the
+            name of a bundled configuration. A recipe has the class under `_class_name`, `encoder`, the folder or
+            repository of the frozen encoder, or `autoencoder`, the tokenizer that a `VQModelDINOTok` starts from, and
+            any other argument of the constructor.
 
     Returns:
         The tokenizer, and whether it is new, so that its closed-form parts are still to be fitted.
@@ -59,7 +60,7 @@ def build_tokenizer(model: str) -> tuple[TokenizerModel, bool]:
         ValueError: If a recipe names no class or an unknown one, or has no encoder.
         OSError: If an encoder or tokenizer cannot be had.
     """
-    if os.path.isdir(model):
+    if os.path.isdir(model) or model in bundled_models():
         return load_tokenizer(model), False
     if not model.endswith(".json"):
         try:
@@ -313,15 +314,14 @@ def validate(
         metrics.update(sample, pixels, lpips)
         if len(pairs) < SHEET_PICTURES:
             pairs += list(zip(pixels.cpu(), sample.cpu(), strict=True))
-    states = gather_object([(metrics, [counter.counts for counter in counters.values()])])
-    total, *others = states
-    for other, counts in others:
-        total[0].merge(other)
-        for mine, theirs in zip(total[1], counts, strict=True):
-            mine += theirs
-    for counter, counts in zip(counters.values(), total[1], strict=True):
-        counter.counts = counts
-    scores = {f"validation/{key}": value for key, value in total[0].compute().items() if isinstance(value, float)}
+    counts = [counter.counts for counter in counters.values()]
+    parts = gather_object([(metrics, counts, pairs[:SHEET_PICTURES])])
+    metrics, pairs = ReconstructionMetrics(), [pair for part in parts for pair in part[2]]
+    for part in parts:
+        metrics.merge(part[0])
+    for index, counter in enumerate(counters.values()):
+        counter.counts = torch.stack([part[1][index] for part in parts]).sum(0)
+    scores = {f"validation/{key}": value for key, value in metrics.compute().items() if isinstance(value, float)}
     for name, usage in usage_of(counters).items():
         scores[f"validation/{name}_usage"] = usage["usage"]
         scores[f"validation/{name}_perplexity"] = usage["perplexity"]

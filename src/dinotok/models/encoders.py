@@ -20,6 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING
 from transformers.utils import cached_file, extract_commit_hash
 from transformers.utils import logging as transformers_logging
 
+from ..bundled import resolve_bundled
 from .buffers import ChannelAffine
 
 logger = logging.get_logger(__name__)
@@ -320,7 +321,7 @@ def load_pretrained_encoder(name_or_path: str, revision: str | None = None, **hu
     if unknown:
         raise TypeError(f"Unknown arguments {sorted(unknown)}; the Hub arguments are {', '.join(_HUB_ARGUMENTS)}.")
     arguments = dict(hub_arguments, revision=revision)
-    name_or_path = str(name_or_path)
+    name_or_path = resolve_bundled(name_or_path)
     try:
         config = AutoConfig.from_pretrained(name_or_path, **arguments)
         commit = _commit(name_or_path, arguments)

@@ -1,0 +1,166 @@
+"""dinotok-tiny, the models in the package, on the 2,000 Imagenette validation photographs.
+
+    python benchmarks/dinotok_tiny.py [--count 2000]
+
+Reconstruction at 128 and 224 pixels and at two sizes that are not square (centre crops of the photographs): PSNR, mean
+over pictures and pooled, SSIM, LPIPS of the nets named, FID-768 (768-d features of the FID Inception: not the FID of
+papers) at 224 pixels, and the use of the codebooks. Beside the trained models: their closed-form starts, and the
+deep-only control, trained alike. k-NN accuracy (k = 20, cosine) of the mean deep latent of a picture at 224 pixels,
+the bank being 2,000 training photographs; of the teacher the encoder was distilled from, too.
+
+Finished rows are kept in the results file.
+"""
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+import torch
+from photographs import DATA, ENCODER, load_photographs, to_pixels
+from tqdm import tqdm
+
+from dinotok import FrozenEncoder
+from dinotok.hub import load_tokenizer
+from dinotok.inception import InceptionFeatures
+from dinotok.lpips import LPIPS
+from dinotok.metrics import ReconstructionMetrics, fid
+from dinotok.models.discrete import DiscreteTokenizer
+from dinotok.models.tokenizer_model import TokenizerModel
+from dinotok.probes import knn_accuracy
+from dinotok.reports import usage_of
+from dinotok.transcoding import code_counters
+
+RESULTS = Path(__file__).parent / "results" / "dinotok_tiny.json"
+RUNS = Path("runs")
+MODELS = {
+    "dinotok-tiny-ae": "dinotok-tiny-ae",
+    "its closed-form start": RUNS / "dinotok-tiny-ae" / "start",
+    "deep only, trained alike": RUNS / "dinotok-tiny-deep-only" / "tokenizer",
+    "dinotok-tiny-vq": "dinotok-tiny-vq",
+    "its closed-form start (VQ)": RUNS / "dinotok-tiny-vq" / "start",
+}
+SIZES = [(224, 224), (128, 128), (224, 160), (144, 224)]
+BATCH = 25
+
+
+def crop(pictures: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Centre crop; 128 pixels are the whole photograph, reduced."""
+    if size == (128, 128):
+        return torch.nn.functional.interpolate(pictures, size=size, mode="bicubic", antialias=True)
+    top, left = ((side - wanted) // 2 for side, wanted in zip(pictures.shape[2:], size, strict=True))
+    return pictures[:, :, top : top + size[0], left : left + size[1]]
+
+
+@torch.no_grad()
+def reconstruct(model: TokenizerModel, pixels: torch.Tensor, counters: dict) -> torch.Tensor:
+    latents = model.encode(pixels).latent
+    if isinstance(model, DiscreteTokenizer):
+        found = model.quantize(latents)
+        latents = found.latents
+        for index, counter in enumerate(counters.values()):
+            counter.update(found.indices[:, index])
+    return model.decode(latents).sample.clamp(-1, 1)
+
+
+def score(model: TokenizerModel, pictures: torch.Tensor, size: tuple[int, int], nets: list[LPIPS], features) -> dict:
+    """One row: reconstruction metrics, and FID where features are given."""
+    metrics, counters, samples = [ReconstructionMetrics() for _ in nets], code_counters(model), []
+    for part in tqdm(pictures.split(BATCH), desc=str(size), mininterval=30):
+        pixels = to_pixels(crop(part, size))
+        sample = reconstruct(model, pixels, counters)
+        for one, net in zip(metrics, nets, strict=True):
+            one.update(sample, pixels, net)
+        if features is not None:
+            samples.append(((sample + 1) * 127.5).round().to(torch.uint8))
+    row = {key: value for one in metrics for key, value in one.compute().items()}
+    row |= {f"{name}_usage": usage["usage"] for name, usage in usage_of(counters).items()}
+    row |= {f"{name}_perplexity": usage["perplexity"] for name, usage in usage_of(counters).items()}
+    if features is not None:
+        row["fid_768"] = fid(features, map(to_pixels, pictures.split(BATCH)), map(to_pixels, samples))
+    return row
+
+
+@torch.no_grad()
+def mean_features(encode, pictures: torch.Tensor) -> torch.Tensor:
+    return torch.cat([encode(to_pixels(part)).mean((2, 3)) for part in pictures.split(BATCH)])
+
+
+def probe(train: tuple, val: tuple) -> dict[str, float]:
+    """k-NN accuracy of deep latents, quantized ones and the teacher's features."""
+    autoencoder, discrete = load_tokenizer("dinotok-tiny-ae"), load_tokenizer("dinotok-tiny-vq")
+    teacher = FrozenEncoder.from_encoder(str(ENCODER))
+
+    def quantized(pixels: torch.Tensor) -> torch.Tensor:
+        return discrete.quantize(discrete.encode(pixels).latent).latents[:, : discrete.deep_channels]
+
+    encoders = {
+        "teacher (supervised ViT-Ti/16)": lambda pixels: teacher(pixels)[0],
+        "dinotok-tiny, deep latents": lambda pixels: autoencoder.encode(pixels).latent[:, : autoencoder.deep_channels],
+        "dinotok-tiny, semantic codes": quantized,
+        "dinotok-tiny, texture latents": lambda pixels: autoencoder.encode(pixels).latent[
+            :, autoencoder.deep_channels :
+        ],
+    }
+    result = {}
+    for name, encode in encoders.items():
+        bank, queries = (mean_features(encode, pictures) for pictures, _ in (train, val))
+        result[name] = knn_accuracy(bank, train[1], queries, val[1])
+    return result
+
+
+def write_table(results: dict) -> None:
+    lines = [
+        "| model | size | PSNR (pooled) | SSIM | LPIPS alex, squeeze | FID-768 | codes used |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, rows in results["reconstruction"].items():
+        for size, row in rows.items():
+            used = [f"{row[f'{book}_usage']:.1%}" for book in ("semantic", "texture") if f"{book}_usage" in row]
+            fid_cell = f"{row['fid_768']:.3f}" if "fid_768" in row else "-"
+            lines.append(
+                f"| {name} | {size} | {row['psnr']:.2f} ({row['psnr_pooled']:.2f}) dB | {row['ssim']:.3f} | "
+                f"{row['lpips_alex']:.3f}, {row['lpips_squeeze']:.3f} | {fid_cell} | {', '.join(used) or '-'} |"
+            )
+    lines += ["", "| k-NN of the mean over a picture | accuracy |", "|---|---|"]
+    lines += [f"| {name} | {value:.1%} |" for name, value in results.get("k-NN", {}).items()]
+    print("\n".join(lines))
+    RESULTS.with_suffix(".md").write_text(f"{__doc__.splitlines()[0]}\n\n" + "\n".join(lines) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=2000)
+    arguments = parser.parse_args()
+    results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    if results.get("count") != arguments.count:
+        results = {"count": arguments.count, "reconstruction": {}}
+    val = load_photographs("val", arguments.count)
+    weights = DATA / "weights"
+    nets = [LPIPS.from_file(weights / f"lpips_{net}_v0.1_fp32.safetensors") for net in ("alex", "squeeze")]
+    features = InceptionFeatures.from_file(weights / "fid_inception_v3_2015_to_mixed7a_fp16.safetensors")
+    for name, path in MODELS.items():
+        if isinstance(path, Path) and not path.is_dir():
+            print(f"{name}: {path} is not there; make it with the commands of training_scripts/README.md.")
+            continue
+        model = load_tokenizer(str(path))
+        rows = results["reconstruction"].setdefault(name, {})
+        for size in SIZES if name.startswith("dinotok") else SIZES[:1]:
+            label = "x".join(map(str, size))
+            if label not in rows:
+                rows[label] = score(model, val[0], size, nets, features if size == SIZES[0] else None)
+                save(results)
+    if "k-NN" not in results:
+        results["k-NN"] = probe(load_photographs("train", 2000), val)
+        save(results)
+    write_table(results)
+
+
+def save(results: dict) -> None:
+    unfinished = RESULTS.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(results, indent=2) + "\n")
+    os.replace(unfinished, RESULTS)
+
+
+if __name__ == "__main__":
+    main()
