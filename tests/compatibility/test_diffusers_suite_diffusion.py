@@ -76,6 +76,9 @@ class TestDenoiserTraining(DenoiserConfig, TrainingTesterMixin):
 
 
 class TestDenoiserCompile(DenoiserConfig, on_cpu(TorchCompileTesterMixin)):
+    def test_torch_compile_repeated_blocks(self):
+        super().test_torch_compile_repeated_blocks(recompile_limit=2)  # blocks of the body and of the head
+
     @needs_accelerator
     def test_compile_with_group_offloading(self):
         super().test_compile_with_group_offloading()
