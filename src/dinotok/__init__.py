@@ -8,6 +8,8 @@ __version__ = "0.1.0"
 _LOCATIONS = {
     "AutoencoderDINOTok": "models.autoencoder_dinotok",
     "AutoencoderVFMTok": "models.autoencoder_vfmtok",
+    "DINOTokDiTPipeline": "pipelines.class_conditional_diffusion",
+    "DiffusionTransformer2DModel": "models.transformer_diffusion",
     "EncoderUnavailableError": "models.encoders",
     "FiniteScalarQuantizer": "models.finite_scalar_quantizer",
     "FrozenEncoder": "models.encoders",
@@ -33,8 +35,12 @@ if TYPE_CHECKING:
     from .models.quantizers import DominantSubspaceQuantizer as DominantSubspaceQuantizer
     from .models.quantizers import QuantizerOutput as QuantizerOutput
     from .models.quantizers import VectorQuantizer as VectorQuantizer
+    from .models.transformer_diffusion import DiffusionTransformer2DModel as DiffusionTransformer2DModel
     from .models.vq_model_dinotok import VQModelDINOTok as VQModelDINOTok
     from .models.vq_model_vfmtok import VQModelVFMTok as VQModelVFMTok
+    from .pipelines.class_conditional_diffusion import (  # type: ignore[import-not-found, unused-ignore]
+        DINOTokDiTPipeline as DINOTokDiTPipeline,
+    )
 
 
 def __getattr__(name: str) -> Any:

@@ -73,3 +73,36 @@ def rotate(values: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
     first, second = values.float().unflatten(-1, (-1, 2)).unbind(-1)
     turned = torch.stack([first * cos - second * sin, first * sin + second * cos], dim=-1)
     return turned.flatten(-2).to(values.dtype)
+
+
+def sincos_positions(
+    height: int, width: int, hidden_size: int, theta: float = 10000.0, device: torch.device | str | None = None
+) -> torch.Tensor:
+    """Return the fixed sine-cosine positions of a grid, as MAE and DiT lay them out.
+
+    The first half of the channels encodes the column, the second the row; in each half, all sines come first.
+
+    Args:
+        height: Rows of the grid.
+        width: Columns of the grid.
+        hidden_size: Channels, a multiple of 4.
+        theta: Base of the wave lengths.
+        device: Of the result.
+
+    Returns:
+        `(height * width, hidden_size)` float32, raster order.
+
+    Raises:
+        ValueError: If `hidden_size` is not a multiple of 4.
+    """
+    if hidden_size % 4:
+        raise ValueError(f"hidden_size={hidden_size} is not a multiple of 4.")
+    quarter = hidden_size // 4
+    frequencies = theta ** -(torch.arange(quarter, dtype=torch.float32, device=device) / quarter)
+    rows = torch.arange(height, dtype=torch.float32, device=device)[:, None] * frequencies  # (height, quarter)
+    columns = torch.arange(width, dtype=torch.float32, device=device)[:, None] * frequencies  # (width, quarter)
+    waves = [
+        torch.cat([angles.sin(), angles.cos()], dim=-1).expand(height, width, -1)
+        for angles in (columns[None], rows[:, None])
+    ]
+    return torch.cat(waves, dim=-1).flatten(0, 1)
