@@ -7,6 +7,7 @@ __version__ = "0.1.0"
 
 _LOCATIONS = {
     "AutoencoderDINOTok": "models.autoencoder_dinotok",
+    "AutoregressiveTransformer2DModel": "models.transformer_autoregressive",
     "EncoderUnavailableError": "models.encoders",
     "FiniteScalarQuantizer": "models.finite_scalar_quantizer",
     "FrozenEncoder": "models.encoders",
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from .models.quantizers import DominantSubspaceQuantizer as DominantSubspaceQuantizer
     from .models.quantizers import QuantizerOutput as QuantizerOutput
     from .models.quantizers import VectorQuantizer as VectorQuantizer
+    from .models.transformer_autoregressive import AutoregressiveTransformer2DModel as AutoregressiveTransformer2DModel
     from .models.vq_model_dinotok import VQModelDINOTok as VQModelDINOTok
 
 
