@@ -96,5 +96,17 @@ def test_a_rising_schedule_starts_at_one_and_tends_to_the_scale(power):
     assert scales[-1] == pytest.approx(16)
     assert guidance_at(0.5 ** (1 / power), 16.0, "rising", power) == pytest.approx(8.5)  # cos(pi / 2) = 0
     assert {guidance_at(step / 256, 16.0) for step in range(256)} == {16.0}
-    with pytest.raises(ValueError, match="guidance_schedule='falling'"):
-        guidance_at(0.0, 2.0, "falling")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ((2.0, "falling"), "guidance_schedule='falling' is none of constant, rising"),
+        ((-1.0,), "guidance_scale=-1.0"),
+        ((math.inf,), "guidance_scale=inf"),
+        ((2.0, "rising", 0.0), "guidance_power=0.0"),
+    ],
+)
+def test_guidance_out_of_range_is_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        guidance_at(0.5, *values)

@@ -118,6 +118,20 @@ def guide(logits: torch.Tensor, scale: float) -> torch.Tensor:
     return unconditional + scale * (conditional - unconditional)
 
 
+def check_guidance(guidance_scale: float, schedule: str = "constant", guidance_power: float = 1.0) -> None:
+    """Check the parameters of `guidance_at`.
+
+    Raises:
+        ValueError: If a number is out of range, or there is no such schedule.
+    """
+    if not (math.isfinite(guidance_scale) and guidance_scale >= 0):
+        raise ValueError(f"guidance_scale={guidance_scale} must not be negative; 1 is no guidance.")
+    if schedule not in GUIDANCE_SCHEDULES:
+        raise ValueError(f"guidance_schedule={schedule!r} is none of {', '.join(GUIDANCE_SCHEDULES)}.")
+    if not (math.isfinite(guidance_power) and guidance_power > 0):
+        raise ValueError(f"guidance_power={guidance_power} must be positive.")
+
+
 def guidance_at(
     progress: float, guidance_scale: float, schedule: str = "constant", guidance_power: float = 1.0
 ) -> float:
@@ -132,10 +146,9 @@ def guidance_at(
         guidance_power: Of the rising schedule; above 1 the guidance comes later.
 
     Raises:
-        ValueError: If there is no such schedule.
+        ValueError: See `check_guidance`.
     """
-    if schedule not in GUIDANCE_SCHEDULES:
-        raise ValueError(f"guidance_schedule={schedule!r} is none of {', '.join(GUIDANCE_SCHEDULES)}.")
+    check_guidance(guidance_scale, schedule, guidance_power)
     if schedule == "constant":
         return guidance_scale
     return 1 + (guidance_scale - 1) * (1 - math.cos(math.pi * progress**guidance_power)) / 2
