@@ -24,6 +24,7 @@ from dinotok.decoding import (
 from dinotok.image_processor import ImageProcessor
 from dinotok.models.discrete import DiscreteTokenizer
 from dinotok.models.transformer_autoregressive import AutoregressiveTransformer2DModel
+from dinotok.models.transformer_random_autoregressive import RandomAutoregressiveTransformer2DModel
 from dinotok.pipeline_helpers import ClassLabels, PipelineCodeMixin, class_ids
 
 # Where diffusers looks for the class of a component that `model_index.json` lists as ["dinotok", class].
@@ -43,7 +44,7 @@ class DINOTokARPipeline(PipelineCodeMixin, DiffusionPipeline):
 
     def __init__(
         self,
-        transformer: AutoregressiveTransformer2DModel,
+        transformer: AutoregressiveTransformer2DModel | RandomAutoregressiveTransformer2DModel,
         vqvae: DiscreteTokenizer,
         id2label: Mapping[int, str] | None = None,
     ):

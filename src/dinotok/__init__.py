@@ -14,6 +14,7 @@ _LOCATIONS = {
     "DominantSubspaceQuantizer": "models.quantizers",
     "ImageProcessor": "image_processor",
     "QuantizerOutput": "models.quantizers",
+    "RandomAutoregressiveTransformer2DModel": "models.transformer_random_autoregressive",
     "VQModelDINOTok": "models.vq_model_dinotok",
     "VectorQuantizer": "models.quantizers",
     "config_path": "configs",
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
     from .models.quantizers import QuantizerOutput as QuantizerOutput
     from .models.quantizers import VectorQuantizer as VectorQuantizer
     from .models.transformer_autoregressive import AutoregressiveTransformer2DModel as AutoregressiveTransformer2DModel
+    from .models.transformer_random_autoregressive import (
+        RandomAutoregressiveTransformer2DModel as RandomAutoregressiveTransformer2DModel,
+    )
     from .models.vq_model_dinotok import VQModelDINOTok as VQModelDINOTok
 
 

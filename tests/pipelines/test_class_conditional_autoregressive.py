@@ -12,7 +12,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.autoencoders.vae import DecoderOutput
 from torch import nn
 
-from dinotok import AutoregressiveTransformer2DModel
+from dinotok import AutoregressiveTransformer2DModel, RandomAutoregressiveTransformer2DModel
 from dinotok.models.discrete import DiscreteTokenizer
 from dinotok.models.quantizers import QuantizerOutput, VectorQuantizer
 from dinotok.pipelines.class_conditional_autoregressive import DINOTokARPipeline
@@ -226,6 +226,26 @@ def test_tokenizers_with_one_codebook():
     assert pipe(0, height=8, width=20, generator=seeded()).images[0].size == (20, 8)
 
 
+def test_models_trained_in_random_orders_take_the_same_place(pipe):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    transformer = RandomAutoregressiveTransformer2DModel(
+        codebook_sizes=[24], num_classes=5, sample_size=GRID, **sizes
+    ).eval()
+    for parameter in transformer.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    pipe = DINOTokARPipeline(transformer, PatchTokenizer())
+    pipe.set_progress_bar_config(disable=True)
+    options = {"guidance_scale": 4.0, "guidance_schedule": "rising", "guidance_power": 2.75}
+    indices = draw(pipe, **options)
+    assert indices.shape == (2, 1, *GRID)
+    assert torch.equal(draw(pipe, indices=indices[:, :, :1], **options), indices)
+    greedy = draw(pipe, temperature=0)
+    assert torch.equal(greedy[:, 0], transformer(greedy, torch.tensor([1, 4])).logits[0].argmax(-1))
+    with pytest.raises(ValueError, match="it is learned"):
+        pipe(0, height=4)
+
+
 def test_half_precision_runs(pipe):
     half = DINOTokARPipeline(tiny_transformer().to(torch.bfloat16), pipe.vqvae)
     half.set_progress_bar_config(disable=True)
@@ -268,7 +288,7 @@ def folder(pipe, tmp_path_factory) -> str:
     return str(path)
 
 
-SLOW = ("by diffusers, the pipeline imported", "saved again")
+SLOW = ("by its class", "by diffusers, the pipeline imported", "saved again")
 
 
 @pytest.mark.parametrize(
@@ -289,6 +309,14 @@ def test_a_saved_pipeline_is_loaded_in_a_new_process(pipe, folder, form, tmp_pat
     assert kinds == (
         "DINOTokARPipeline dinotok.models.transformer_autoregressive dinotok.models.vq_model_dinotok parachute, chute"
     )
+
+
+def test_a_saved_pipeline_is_loaded_by_its_class(pipe, folder):
+    loaded = DINOTokARPipeline.from_pretrained(folder)
+    loaded.set_progress_bar_config(disable=True)
+    assert torch.equal(draw(loaded, ["church", "chute"]), draw(pipe))
+    picture, expected = (p("church", generator=seeded(), output_type="pt").images for p in (loaded, pipe))
+    assert torch.equal(picture, expected)
 
 
 def test_the_pipeline_file_has_no_relative_imports(folder):

@@ -99,13 +99,28 @@ class CausalSelfAttention(nn.Module):
         hidden_size: Width.
         num_heads: Heads.
         dropout: Of the output.
+        attention_dropout: Of the attention weights.
+        bias: Of both projections.
+        normalize: Put a LayerNorm on the queries and on the keys of a head.
     """
 
-    def __init__(self, hidden_size: int, num_heads: int, dropout: float = 0.0):
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        attention_dropout: float = 0.0,
+        bias: bool = False,
+        normalize: bool = False,
+    ):
         super().__init__()
         self.num_heads = num_heads
-        self.to_qkv = nn.Linear(hidden_size, 3 * hidden_size, bias=False)
-        self.to_out = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.attention_dropout = attention_dropout
+        self.to_qkv = nn.Linear(hidden_size, 3 * hidden_size, bias=bias)
+        self.query_norm, self.key_norm = (
+            nn.LayerNorm(hidden_size // num_heads, eps=1e-6) if normalize else nn.Identity() for _ in range(2)
+        )
+        self.to_out = nn.Linear(hidden_size, hidden_size, bias=bias)
         self.dropout = nn.Dropout(dropout)
 
     def forward(
@@ -130,13 +145,19 @@ class CausalSelfAttention(nn.Module):
         """
         heads = self.to_qkv(hidden).unflatten(-1, (3, self.num_heads, -1)).movedim(-3, 0).transpose(-2, -3)
         queries, keys, values = heads.unbind(0)  # (..., heads, N, head_dim)
+        queries, keys = self.query_norm(queries), self.key_norm(keys)
         if rotary is not None:
-            queries, keys = rotate(heads[:2], *rotary).unbind(0)
+            queries, keys = rotate(queries, *rotary), rotate(keys, *rotary)
         if cache is not None:
             keys, values = cache.extend(layer, keys, values)
         # Sequences of one sample count as its heads: a fused kernel takes no more than 65,535 sequences.
         folded = [x.flatten(1, -3) for x in (queries, keys, values)]
-        causal = mask is None and queries.shape[-2] > 1
-        attended = F.scaled_dot_product_attention(folded[0], folded[1], folded[2], attn_mask=mask, is_causal=causal)
-        attended = attended.unflatten(1, queries.shape[1:-2])
+        attended = F.scaled_dot_product_attention(
+            folded[0],
+            folded[1],
+            folded[2],
+            attn_mask=mask,
+            dropout_p=self.attention_dropout if self.training else 0.0,
+            is_causal=mask is None and queries.shape[-2] > 1,
+        ).unflatten(1, queries.shape[1:-2])
         return self.dropout(self.to_out(attended.transpose(-2, -3).flatten(-2)))
