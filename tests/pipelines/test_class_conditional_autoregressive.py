@@ -68,6 +68,15 @@ def test_the_same_generator_gives_the_same_indices(pipe):
     assert not torch.equal(draw(pipe), draw(pipe, seed=1))
 
 
+def test_every_index_has_a_random_number_of_its_own(pipe):
+    """An untrained model finds all codes equally likely, so an index is its random number times the codes."""
+    untrained = AutoregressiveTransformer2DModel(codebook_sizes=[16, 16], num_classes=5, sample_size=GRID).eval()
+    uniform = DINOTokARPipeline(untrained, pipe.vqvae)
+    uniform.set_progress_bar_config(disable=True)
+    expected = (torch.rand(2, 12, generator=seeded()) * 16).long()  # (picture, position and codebook)
+    assert torch.equal(draw(uniform).flatten(2).transpose(1, 2).flatten(1), expected)
+
+
 @pytest.mark.parametrize("guidance_scale", [1.0, 2.5])
 def test_a_generator_for_each_picture_makes_batches_equal_singles(pipe, guidance_scale):
     options = {"output_type": "latent", "guidance_scale": guidance_scale}
