@@ -10,12 +10,14 @@ _LOCATIONS = {
     "AutoencoderVFMTok": "models.autoencoder_vfmtok",
     "DINOTokDiTPipeline": "pipelines.class_conditional_diffusion",
     "DiffusionTransformer2DModel": "models.transformer_diffusion",
+    "AutoregressiveTransformer2DModel": "models.transformer_autoregressive",
     "EncoderUnavailableError": "models.encoders",
     "FiniteScalarQuantizer": "models.finite_scalar_quantizer",
     "FrozenEncoder": "models.encoders",
     "DominantSubspaceQuantizer": "models.quantizers",
     "ImageProcessor": "image_processor",
     "QuantizerOutput": "models.quantizers",
+    "RandomAutoregressiveTransformer2DModel": "models.transformer_random_autoregressive",
     "VQModelDINOTok": "models.vq_model_dinotok",
     "VQModelVFMTok": "models.vq_model_vfmtok",
     "VectorQuantizer": "models.quantizers",
@@ -36,6 +38,10 @@ if TYPE_CHECKING:
     from .models.quantizers import QuantizerOutput as QuantizerOutput
     from .models.quantizers import VectorQuantizer as VectorQuantizer
     from .models.transformer_diffusion import DiffusionTransformer2DModel as DiffusionTransformer2DModel
+    from .models.transformer_autoregressive import AutoregressiveTransformer2DModel as AutoregressiveTransformer2DModel
+    from .models.transformer_random_autoregressive import (
+        RandomAutoregressiveTransformer2DModel as RandomAutoregressiveTransformer2DModel,
+    )
     from .models.vq_model_dinotok import VQModelDINOTok as VQModelDINOTok
     from .models.vq_model_vfmtok import VQModelVFMTok as VQModelVFMTok
     from .pipelines.class_conditional_diffusion import (  # type: ignore[import-not-found, unused-ignore]
