@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from .models.quantizers import DominantSubspaceQuantizer as DominantSubspaceQuantizer
     from .models.quantizers import QuantizerOutput as QuantizerOutput
     from .models.quantizers import VectorQuantizer as VectorQuantizer
-    from .models.transformer_diffusion import DiffusionTransformer2DModel as DiffusionTransformer2DModel
     from .models.transformer_autoregressive import AutoregressiveTransformer2DModel as AutoregressiveTransformer2DModel
+    from .models.transformer_diffusion import DiffusionTransformer2DModel as DiffusionTransformer2DModel
     from .models.transformer_random_autoregressive import (
         RandomAutoregressiveTransformer2DModel as RandomAutoregressiveTransformer2DModel,
     )
