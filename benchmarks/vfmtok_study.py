@@ -7,10 +7,10 @@ levels), have a pixel decoder of the same widths, and take the same steps on the
 pixels: L1 + LPIPS (squeeze) + codebook loss, and the semantic term where the row says so. A VFMTok has 64 region
 tokens on an 8 x 8 grid and 1,024 codes; a DINO-Tok-VQ has 64 positions with two codes of 1,024 each: twice the bits.
 DINO-Tok starts from its closed form; VFMTok has none beyond its codebook, so its rows say what so few steps reach from
-nothing: compare them with each other. `k-NN` is the class accuracy (k = 20, cosine) of the mean of a picture's quantized
-tokens, of the semantic part for DINO-Tok, the bank being 2,000 training photographs. FID-768 is not the FID of papers.
+nothing: compare them with each other. `k-NN` is the class accuracy (k = 20, cosine) of the mean of all the quantized
+tokens of a picture (DINO-Tok: the semantic part), with 2,000 training photographs as bank.
 
-Finished rows are kept in the results file.
+FID-768 is not the FID of papers. Finished rows are kept in the results file.
 """
 
 import argparse
