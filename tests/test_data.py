@@ -180,7 +180,7 @@ def test_workers_leave_ctrl_c_to_the_process_that_started_them(kind, tmp_path, r
     previous = signal.signal(signal.SIGINT, signal.default_int_handler)  # it may be ignored where tests run
     request.addfinalizer(partial(signal.signal, signal.SIGINT, previous))
     batches = PictureLoader(source(kind, tmp_path), TRANSFORM, 4, num_workers=2).batches()
-    next(batches)
+    assert len(list(islice(batches, 2))) == 2  # one of each worker: both have started
     for worker in multiprocessing.active_children():
         os.kill(worker.pid, signal.SIGINT)
     assert len(list(islice(batches, 10))) == 10

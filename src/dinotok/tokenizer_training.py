@@ -41,7 +41,7 @@ from .transcoding import code_counters
 
 PIXEL_LOSSES: tuple[Literal["l1", "l2"], ...] = ("l1", "l2")
 LOSSES = (*PIXEL_LOSSES, "lpips", "adversarial", "semantic", "codebook")
-SHEET_PICTURES = 8
+SHEET_PICTURES, TOKENS_PER_CODE = 8, 32
 
 
 def build_tokenizer(model: str) -> tuple[TokenizerModel, bool]:
@@ -93,10 +93,12 @@ def fit_tokenizer(tokenizer: TokenizerModel, batches: Callable[[], Iterator[torc
         batches: Returns pixels to fit on, anew each time it is called.
     """
     autoencoder_fit = getattr(super(type(tokenizer), tokenizer), "fit", None)
-    fit = getattr(tokenizer, "fit", None)
-    if isinstance(tokenizer, DiscreteTokenizer) and autoencoder_fit is not None and not _is_fitted(tokenizer):
-        autoencoder_fit(batches())
-    if fit is not None:
+    fit: Any = getattr(tokenizer, "fit", None)
+    if isinstance(tokenizer, DiscreteTokenizer):
+        if autoencoder_fit is not None and not _is_fitted(tokenizer):
+            autoencoder_fit(batches())
+        fit(batches(), max_tokens=max(2**18, TOKENS_PER_CODE * max(tokenizer.codebook_sizes.values())))
+    elif fit is not None:
         fit(batches())
     else:
         tokenizer.fit_latents_statistics(batches())
