@@ -49,7 +49,8 @@ def test_the_converted_model_is_saved_with_its_account(tmp_path):
     loaded = DiffusionTransformer2DModel.from_pretrained(tmp_path / "out")
     torch.testing.assert_close(loaded(*INPUT).sample, converted.model(*INPUT).sample)
     account = json.loads((tmp_path / "out" / "conversion.json").read_text())
-    assert account == {"sources": converted.sources, "dropped": converted.dropped}
+    assert (account["used"], account["dropped"]) == (converted.sources, converted.dropped)
+    assert account["class_name"] == "DiffusionTransformer2DModel"
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"config.json", "conversion.json", "diffusion_pytorch_model.safetensors"}
 

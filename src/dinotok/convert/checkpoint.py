@@ -1,13 +1,18 @@
-"""Read a foreign checkpoint safely, and account for every tensor in it."""
+"""Read a foreign checkpoint safely, account for every tensor in it, and say where each went."""
 
 import argparse
+import json
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
+REPORT_NAME = "conversion.json"
 # Prefixes that wrappers of torch leave on keys: compiled, then data-parallel, models.
 _PREFIXES = ("_orig_mod.", "module.")
 
@@ -130,3 +135,59 @@ class KeyReader:
         if self._left:
             first = next(iter(self._left))
             raise ValueError(f"{self._source} has {len(self._left)} tensors that the model does not, first {first!r}.")
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """What became of every tensor of a checkpoint.
+
+    Attributes:
+        checkpoint: Name of the file.
+        class_name: Of the model it was converted to.
+        config: The model's; for a tokenizer without the statistics of its latents and the encoder's config.
+        used: Source names by our names.
+        dropped: Reasons by source name, of tensors that have no place in the model.
+    """
+
+    checkpoint: str
+    class_name: str
+    config: dict[str, Any]
+    used: dict[str, str]
+    dropped: dict[str, str]
+
+    def write(self, folder: str | os.PathLike[str]) -> None:
+        """Write `conversion.json` into a folder, whole or not at all."""
+        unfinished = Path(folder) / f".{REPORT_NAME}.unfinished"
+        unfinished.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+        os.replace(unfinished, Path(folder) / REPORT_NAME)
+
+
+def save_converted(
+    model: Any,
+    folder: str | os.PathLike[str],
+    checkpoint: str | os.PathLike[str],
+    used: Mapping[str, str],
+    dropped: Mapping[str, str],
+) -> ConversionReport:
+    """Write a converted model and the account of its tensors, each file complete or not at all, the config last.
+
+    Args:
+        model: Of diffusers, without a frozen encoder.
+        folder: Made if it is missing.
+        checkpoint: The file it was converted from.
+        used: As in `ConversionReport`.
+        dropped: Likewise.
+
+    Returns:
+        The report; `conversion.json` beside the weights holds the same.
+    """
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    config = {name: value for name, value in model.config.items() if not name.startswith("_")}
+    report = ConversionReport(Path(checkpoint).name, type(model).__name__, config, dict(used), dict(dropped))
+    with tempfile.TemporaryDirectory(dir=target, prefix=".writing-") as temporary:
+        model.save_pretrained(temporary)
+        report.write(temporary)
+        for path in sorted(Path(temporary).iterdir(), key=lambda path: path.name == model.config_name):
+            os.replace(path, target / path.name)
+    return report

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from .vfmtok import ConversionReport
+    from .checkpoint import ConversionReport
 
 convert_app = typer.Typer(
     help="Turn released checkpoints of other code bases into folders for from_pretrained.", no_args_is_help=True
@@ -74,6 +74,59 @@ def vfmae(
             num_attention_heads=attention_heads,
         )
         _print(report, output)
+
+
+@convert_app.command()
+def dit_dh(
+    checkpoint: Checkpoint,
+    output: Folder,
+    attention_heads: Annotated[
+        int | None, typer.Option(min=1, help="Heads of the body, for a file without its rotary tables.")
+    ] = None,
+    head_attention_heads: Annotated[int | None, typer.Option(min=1, help="Heads of the wide head, likewise.")] = None,
+) -> None:
+    """Convert a denoiser of RAE or VFMAE (DiT-DH, LightningDiT) to a DiffusionTransformer2DModel."""
+    from ..cli import user_errors
+
+    with user_errors():
+        from .dit_dh import convert_dit_dh
+
+        converted = convert_dit_dh(
+            checkpoint, num_attention_heads=attention_heads, head_num_attention_heads=head_attention_heads
+        )
+        _print(converted.save(output), output)
+
+
+@convert_app.command()
+def gpt(
+    checkpoint: Checkpoint,
+    output: Folder,
+    attention_heads: Annotated[
+        int | None, typer.Option(min=1, help="Heads, for a model of none of the published sizes.")
+    ] = None,
+) -> None:
+    """Convert a GPT of VFMTok or LlamaGen to an AutoregressiveTransformer2DModel."""
+    from ..cli import user_errors
+
+    with user_errors():
+        from .checkpoint import save_converted
+        from .gpt import convert_gpt
+
+        model, reader = convert_gpt(checkpoint, num_attention_heads=attention_heads)
+        _print(save_converted(model, output, checkpoint, reader.used, reader.dropped), output)
+
+
+@convert_app.command()
+def rar(checkpoint: Checkpoint, output: Folder) -> None:
+    """Convert a random-order transformer of VFMTok-RAR to a RandomAutoregressiveTransformer2DModel."""
+    from ..cli import user_errors
+
+    with user_errors():
+        from .checkpoint import save_converted
+        from .rar import convert_rar
+
+        model, reader = convert_rar(checkpoint)
+        _print(save_converted(model, output, checkpoint, reader.used, reader.dropped), output)
 
 
 def _print(report: "ConversionReport", output: Path) -> None:

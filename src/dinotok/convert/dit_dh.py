@@ -4,21 +4,16 @@ Layouts read in github.com/bytetriper/RAE (MIT, `src/stage2/models`) and github.
 `denoise/models`), which are the same. The files carry averaged weights in `ema`, beside the raw ones in `model`.
 """
 
-import json
 import math
 import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from ..models.transformer_diffusion import DiffusionTransformer2DModel, feed_forward_width
 from ..models.transformer_layers import rotary_angles, sincos_positions
-from .checkpoint import KeyReader, read_checkpoint
-
-_REPORT = "conversion.json"
+from .checkpoint import ConversionReport, KeyReader, read_checkpoint, save_converted
 
 
 @dataclass(frozen=True)
@@ -29,27 +24,17 @@ class ConvertedTransformer:
         model: In evaluation mode, float32.
         sources: Source names by parameter of the model.
         dropped: Reasons by source name.
+        checkpoint: The file.
     """
 
     model: DiffusionTransformer2DModel
     sources: dict[str, str]
     dropped: dict[str, str]
+    checkpoint: str
 
-    def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write the model and the account of its tensors, each file complete or not at all.
-
-        Args:
-            folder: Made if it is missing.
-        """
-        target = Path(folder)
-        target.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target, prefix=".writing-") as temporary:
-            self.model.save_pretrained(temporary)
-            report = {"sources": self.sources, "dropped": self.dropped}
-            (Path(temporary) / _REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-            config = DiffusionTransformer2DModel.config_name
-            for path in sorted(Path(temporary).iterdir(), key=lambda path: path.name == config):
-                os.replace(path, target / path.name)
+    def save(self, folder: str | os.PathLike[str]) -> ConversionReport:
+        """Write the model and the account of its tensors; see `save_converted`."""
+        return save_converted(self.model, folder, self.checkpoint, self.sources, self.dropped)
 
 
 def convert_dit_dh(
@@ -97,7 +82,7 @@ def convert_dit_dh(
     reader.finish()
     model.load_state_dict(weights, strict=True, assign=True)
     model.time_embedding.features.frequencies.requires_grad_(False)
-    return ConvertedTransformer(model.eval(), sources, dict(reader.dropped))
+    return ConvertedTransformer(model.eval(), sources, dict(reader.dropped), os.fspath(path))
 
 
 def _read_config(

@@ -6,7 +6,6 @@ import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,11 @@ import numpy as np
 import torch
 
 from ..configs import config_path
-from ..folders import writing
 from ..models.autoencoder_vfmtok import AutoencoderVFMTok
 from ..models.region_tokenizer import RegionTokenizerModel
 from ..models.vq_model_vfmtok import VQModelVFMTok
-from .checkpoint import KeyReader, read_checkpoint
+from .checkpoint import ConversionReport, KeyReader, read_checkpoint
 
-REPORT_NAME = "conversion.json"
 # What no tensor of a checkpoint shows. The heads of the region sampler and the groups of all group norms are constants
 # of the authors' code, and so are the normalisation of the encoder's input and the 1e-5 added to standard deviations.
 _SAMPLER_HEADS = 8
@@ -85,25 +82,6 @@ _VFMAE_NAMES = {
     "norm_regions.": "slots_quant.norm_out.",
     "regions_to_latents.": "slots_quant.conv_out.",
 }
-
-
-@dataclass(frozen=True)
-class ConversionReport:
-    """What became of every tensor of a checkpoint.
-
-    Attributes:
-        checkpoint: Name of the file.
-        class_name: Of the model it was converted to.
-        config: The model's, without the statistics of the latents and the encoder's.
-        used: Source names by our names.
-        dropped: Reasons by source name, of tensors that have no place in the model.
-    """
-
-    checkpoint: str
-    class_name: str
-    config: dict[str, Any]
-    used: dict[str, str]
-    dropped: dict[str, str]
 
 
 def convert_vfmtok(
@@ -324,8 +302,7 @@ def _convert(
         if not name.startswith("_") and name not in ("latents_mean", "latents_std", "encoder_config")
     }
     result = ConversionReport(Path(checkpoint).name, model_class.__name__, summary, reader.used, reader.dropped)
-    with writing(Path(output) / REPORT_NAME) as temporary:
-        temporary.write_text(json.dumps(asdict(result), indent=2) + "\n", encoding="utf-8")
+    result.write(output)
     return result
 
 
