@@ -55,7 +55,8 @@ def run_commands(page: str) -> None:
 
 def test_readme_snippets_run_in_order(workplace, monkeypatch):
     monkeypatch.chdir(workplace)
-    first, *others = blocks("README.md", "python")
+    bundled, first, *others = blocks("README.md", "python")
+    run_snippet(bundled, {})
     # The stand-in encoder is a folder, so a checkpoint without it must be told where it is.
     names = {"ENCODER": "facebook/dinov2-with-registers-base"}
     run_snippet(

@@ -1,6 +1,6 @@
 """Halve a model's files for shipping: every floating-point tensor of its safetensors file as float16.
 
-    python training_scripts/pack_model.py runs/dinotok-tiny-ae/tokenizer models/dinotok-tiny-ae
+    python training_scripts/pack_model.py --source runs/dinotok-tiny-ae/tokenizer --target models/dinotok-tiny-ae
 
 `from_pretrained` computes with such a file in float32. The config and everything else but the record stay as they are.
 """
