@@ -91,7 +91,7 @@ def test_the_two_commands_of_the_readme_are_the_makefiles_and_cis():
     assert "run make test\n" in (ROOT / ".ci" / "run").read_text("utf-8")
 
 
-@pytest.mark.parametrize("name", ["autoencoder_controls", "encode_overhead", "tiling_memory"])
+@pytest.mark.parametrize("name", ["autoencoder_controls", "quantizer_study", "encode_overhead", "tiling_memory"])
 def test_tables_of_the_readme_are_the_committed_results(name):
     table = [line for line in (RESULTS / f"{name}.md").read_text("utf-8").splitlines() if line.startswith("|")]
     assert table and "\n".join(table) in (ROOT / "README.md").read_text("utf-8")
