@@ -118,7 +118,8 @@ def write_table(results: dict) -> None:
             fid_cell = f"{row['fid_768']:.3f}" if "fid_768" in row else "-"
             lines.append(
                 f"| {name} | {size} | {row['num_images']} | {row['psnr']:.2f} ({row['psnr_pooled']:.2f}) dB | "
-                f"{row['ssim']:.3f} | {row['lpips_alex']:.3f}, {row['lpips_squeeze']:.3f} | {fid_cell} | {', '.join(used) or '-'} |"
+                f"{row['ssim']:.3f} | {row['lpips_alex']:.3f}, {row['lpips_squeeze']:.3f} | {fid_cell} | "
+                f"{', '.join(used) or '-'} |"
             )
     lines += ["", "| k-NN of the mean over a picture | accuracy |", "|---|---|"]
     lines += [f"| {name} | {value:.1%} |" for name, value in results.get("k-NN", {}).items()]
