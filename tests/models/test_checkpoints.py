@@ -1,5 +1,6 @@
 """Saving and loading tokenizers: both forms, every way a checkpoint can be wrong, nothing lost on the way."""
 
+import inspect
 import json
 import os
 import shutil
@@ -329,3 +330,9 @@ def test_a_mirror_that_sends_no_error_code_is_understood_too(monkeypatch, status
     monkeypatch.setattr("transformers.AutoConfig.from_pretrained", refuse)
     with pytest.raises(EncoderUnavailableError, match=message):
         AutoencoderDINOTok.from_encoder("someone/vit")
+
+
+def test_pipelines_find_the_arguments_they_pass_on():
+    """A pipeline's `save_pretrained` passes on only what a component's signature names."""
+    names = set(inspect.signature(AutoencoderDINOTok.save_pretrained).parameters)
+    assert {"is_main_process", "safe_serialization", "variant", "max_shard_size", "push_to_hub"} <= names

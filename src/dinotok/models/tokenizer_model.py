@@ -364,7 +364,16 @@ class TokenizerModel(ModelMixin, AutoencoderMixin, ConfigMixin):
     # ---------------------------------------------------------------------------------------------- checkpoints
 
     def save_pretrained(
-        self, save_directory: str | os.PathLike, *, include_encoder: bool = True, push_to_hub: bool = False, **kwargs
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str = "10GB",
+        push_to_hub: bool = False,
+        *,
+        include_encoder: bool = True,
+        **kwargs,
     ) -> None:
         """Write `config.json` and safetensors weights, each file complete or not at all.
 
@@ -372,32 +381,37 @@ class TokenizerModel(ModelMixin, AutoencoderMixin, ConfigMixin):
 
         Args:
             save_directory: The folder; made if it is missing, and other files in it stay.
-            include_encoder: `False` leaves the frozen encoder out: the config then names its repository, revision and
-                digest, and `from_pretrained` fetches it from there.
+            is_main_process: A process that is not the main one writes nothing.
+            safe_serialization: Must be True.
+            variant: Goes into the names of the files.
+            max_shard_size: Of a file; without the encoder there is one file.
             push_to_hub: Upload the folder afterwards; `repo_id`, `token`, `private` and `commit_message` as in
                 diffusers.
-            **kwargs: `variant`, `max_shard_size`, `is_main_process` as in diffusers; a process that is not the main
-                one writes nothing.
+            include_encoder: `False` leaves the frozen encoder out: the config then names its repository, revision and
+                digest, and `from_pretrained` fetches it from there.
+            **kwargs: The arguments of the upload; others as in diffusers.
 
         Raises:
             ValueError: If `safe_serialization=False` is asked for: this library writes no pickles.
         """
-        if not kwargs.get("safe_serialization", True):
+        if not safe_serialization:
             raise ValueError("safe_serialization=False would write a pickle: only safetensors are supported.")
         if os.path.isfile(save_directory):
             raise ValueError(f"{os.fspath(save_directory)!r} is a file, not a folder.")
         hub = {key: kwargs.pop(key) for key in ("repo_id", "token", "private", "commit_message") if key in kwargs}
-        if not kwargs.get("is_main_process", True):
+        if not is_main_process:
             return
         target = Path(save_directory)
         target.parent.mkdir(parents=True, exist_ok=True)
         model = self if include_encoder else self._without_encoder()
         if not include_encoder:
-            kwargs["max_shard_size"] = "1TB"  # one file, which from_pretrained completes with the encoder
+            max_shard_size = "1TB"  # one file, which from_pretrained completes with the encoder
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as folder:
-            super(TokenizerModel, model).save_pretrained(folder, **kwargs)
+            super(TokenizerModel, model).save_pretrained(
+                folder, variant=variant, max_shard_size=max_shard_size, **kwargs
+            )
             _drop_local_path(Path(folder) / self.config_name)
-            _move_into(Path(folder), target, kwargs.get("variant"))
+            _move_into(Path(folder), target, variant)
         if push_to_hub:
             token, message = hub.get("token"), hub.get("commit_message")
             repo_id = hub.get("repo_id", target.name)
