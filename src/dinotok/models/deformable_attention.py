@@ -117,8 +117,8 @@ class MultiScaleDeformableAttention(nn.Module):
         Returns:
             `(B, Q, hidden_size)`.
         """
-        with out_of_autocast(self.value_projection, queries.device):
-            queries, *features = in_precision_of(self.value_projection, queries, *features)
+        context, (queries, *features) = out_of_autocast(self.value_projection, queries, *features)
+        with context:
             values = [self.value_projection(level).unflatten(-1, (self.num_heads, -1)) for level in features]
             gathered = sample_regions(values, *self.locations_and_weights(queries, reference_points, features))
             return self.output_projection(gathered.flatten(2).to(queries.dtype))
@@ -149,13 +149,14 @@ class MultiScaleDeformableAttention(nn.Module):
         return references + offsets / sizes[:, None], weights
 
 
-def out_of_autocast(layer: nn.Linear, device: torch.device) -> torch.autocast:
-    """Leave autocast for a while; not if weights are only stored in 8 bits, whose precision autocast has to choose."""
-    stays = layer.weight.dtype.itemsize == 1 and torch.is_autocast_enabled(device.type)
-    return torch.autocast(device.type, enabled=stays)
+def out_of_autocast(layer: nn.Linear, *tensors: torch.Tensor) -> tuple[torch.autocast, tuple[torch.Tensor, ...]]:
+    """Return a context where float32 layers compute in float32 under autocast, too, and the tensors as it needs them.
 
-
-def in_precision_of(layer: nn.Linear, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Cast tensors to the dtype a layer computes in: its weights', unless they are only stored in 8 bits."""
-    dtype = layer.weight.dtype
-    return tuple(tensor.to(dtype) for tensor in tensors) if dtype.itemsize > 1 else tensors
+    Weights stored in fewer bits than they compute in (diffusers' layerwise casting) stay under autocast, which
+    makes precisions meet.
+    """
+    device = tensors[0].device.type
+    is_enabled = torch.is_autocast_enabled(device)
+    leaves = is_enabled and layer.weight.dtype == torch.float32
+    context = torch.autocast(device, enabled=is_enabled and not leaves)
+    return context, tuple(tensor.float() for tensor in tensors) if leaves else tensors

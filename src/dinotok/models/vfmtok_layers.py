@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .deformable_attention import MultiScaleDeformableAttention, in_precision_of, out_of_autocast
+from .deformable_attention import MultiScaleDeformableAttention, out_of_autocast
 from .transformer_layers import SwiGLU
 
 
@@ -122,8 +122,9 @@ class RegionLayer(nn.Module):
         return self.norm_feed_forward(hidden + self.feed_forward(hidden))
 
     def _attend(self, hidden: torch.Tensor) -> torch.Tensor:
-        with out_of_autocast(self.self_attention.to_q, hidden.device):
-            return self.self_attention(*in_precision_of(self.self_attention.to_q, hidden))
+        context, (hidden,) = out_of_autocast(self.self_attention.to_q, hidden)
+        with context:
+            return self.self_attention(hidden)
 
 
 class RegionSampler(nn.Module):
