@@ -1,6 +1,6 @@
 """VFMTok and VFMAE beside DINO-Tok, small, on real photographs: what region-adaptive sampling and semantics give.
 
-    python benchmarks/vfmtok_study.py [--steps 300 --count 500]
+    python benchmarks/vfmtok_study.py [--steps 4000 --count 500]
 
 All stand on the same frozen encoder (a supervised ViT-Ti/16 in place of a foundation model; VFMTok reads four of its
 levels), have a pixel decoder of the same widths, and take the same steps on the same batches of Imagenette at 128
@@ -162,7 +162,7 @@ def write_table(results: dict) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--count", type=int, default=500)
     settings = vars(parser.parse_args())
     results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
