@@ -8,13 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from PIL import Image
 from transformers import AutoConfig, AutoModel
 from typer.testing import CliRunner
 
 from dinotok.cli import app
+from dinotok.training import parse_options
 from tests.conftest import TINY_ENCODERS
 from tests.tiny_tokenizers import tiny_discrete_tokenizer
+from training_scripts import train_tokenizer
 
 ROOT = Path(__file__).parents[1]
 PHOTOGRAPHS = ROOT / "src" / "dinotok" / "assets" / "photographs"
@@ -70,6 +73,22 @@ def test_readme_snippets_run_in_order(workplace, monkeypatch):
     run_commands("README.md")
     for folder in ("pictures", "decoded"):
         assert (workplace / "outputs" / folder / "coffee.png").is_file()
+
+
+@pytest.mark.parametrize("page", ["README.md", "training_scripts/README.md"])
+def test_training_a_folder_of_pictures_works_as_shown(workplace, monkeypatch, page):
+    """With two steps in place of a hundred."""
+    monkeypatch.chdir(workplace)
+    shutil.rmtree("runs", ignore_errors=True)
+    monkeypatch.setattr(train_tokenizer, "FIT_PICTURES", 16)
+    command = next(block for block in blocks(page, "bash") if "--dataset photographs" in block)
+    script, *arguments = shlex.split(command.replace("\\\n", " "))[1:]
+    assert script == "training_scripts/train_tokenizer.py"
+    few = ["--max_train_steps", "2", "--num_workers", "0"]
+    AcceleratorState._reset_state(True)
+    train_tokenizer.main(parse_options(train_tokenizer.TokenizerOptions, [*arguments, *few]))
+    AcceleratorState._reset_state(True)
+    assert (workplace / "runs" / "mine" / "tokenizer" / "training.json").is_file()
 
 
 def test_snippets_on_tokens_run_in_order(tmp_path, monkeypatch):

@@ -1,6 +1,5 @@
 """What `training_scripts/train_tokenizer.py` trains and how it is scored, apart from the loop."""
 
-import inspect
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,7 +35,7 @@ from .models.encoders import FrozenEncoder
 from .models.tokenizer_model import TokenizerModel
 from .pictures import SheetEntry, sheet
 from .reports import to_pictures, usage_of
-from .training import mean_over_processes, read_json, trainable
+from .training import log_picture, mean_over_processes, read_json, trainable
 from .transcoding import code_counters
 
 PIXEL_LOSSES: tuple[Literal["l1", "l2"], ...] = ("l1", "l2")
@@ -345,17 +344,7 @@ def log_validation(found: Validation, accelerator: Accelerator, folder: Path, st
     path = folder / "validation" / f"step-{step:08d}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_png(found.sheet, path)
-    for tracker in accelerator.trackers:
-        if tracker.name == "tensorboard":
-            tracker.writer.add_image("reconstructions", _to_array(found.sheet), step, dataformats="HWC")
-        elif tracker.name in ("wandb", "trackio") and "values" in inspect.signature(tracker.log_images).parameters:
-            tracker.log_images({"reconstructions": [found.sheet]}, step=step)
-
-
-def _to_array(picture):
-    import numpy as np
-
-    return np.asarray(picture)
+    log_picture(accelerator, "reconstructions", found.sheet, step)
 
 
 def describe(scores: Mapping[str, float]) -> str:

@@ -17,11 +17,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, set_seed
 from diffusers.training_utils import EMAModel
 from huggingface_hub import ModelCardData, create_repo, upload_folder
+from PIL import Image
 from safetensors import safe_open
 from torch import nn
 from transformers import HfArgumentParser
@@ -165,6 +167,15 @@ def sum_over_processes(accelerator: Accelerator) -> Callable[[torch.Tensor], tor
 def mean_over_processes(accelerator: Accelerator) -> Callable[[torch.Tensor], torch.Tensor]:
     """Return a function that averages a tensor over all processes."""
     return lambda tensor: accelerator.reduce(tensor, "mean")
+
+
+def log_picture(accelerator: Accelerator, name: str, picture: Image.Image, step: int) -> None:
+    """Give a picture to the trackers that show pictures: tensorboard and wandb. Trackio's tracker takes none."""
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            tracker.log_images({name: np.asarray(picture)[None]}, step=step, dataformats="NHWC")
+        elif tracker.name == "wandb":
+            tracker.log_images({name: [picture]}, step=step)
 
 
 class StopRequest:
