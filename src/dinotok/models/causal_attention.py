@@ -1,5 +1,7 @@
 """Causal self-attention, and the keys and values it has seen, in memory that is allocated once."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -161,3 +163,28 @@ class CausalSelfAttention(nn.Module):
             is_causal=mask is None and queries.shape[-2] > 1,
         ).unflatten(1, queries.shape[1:-2])
         return self.dropout(self.to_out(attended.transpose(-2, -3).flatten(-2)))
+
+
+def run_blocks(model: Any, hidden: torch.Tensor, condition: Any, cache: KeyValueCache | None) -> torch.Tensor:
+    """Run the causal blocks of a model on new tokens.
+
+    Args:
+        model: Has `blocks`, called as `block(hidden, condition, mask, cache, layer)`; with its gradient checkpointing
+            on, their activations are computed twice.
+        hidden: `(B, N, hidden_size)`.
+        condition: What every block gets besides: positions, or a modulation.
+        cache: Where older tokens are, and the new ones go; they are counted.
+
+    Returns:
+        The shape of `hidden`.
+    """
+    count = hidden.shape[1]
+    mask = causal_mask(count, cache.length if cache else 0, hidden.device)
+    for layer, block in enumerate(model.blocks):
+        if torch.is_grad_enabled() and model.gradient_checkpointing:
+            hidden = model._gradient_checkpointing_func(block, hidden, condition, mask, cache, layer)
+        else:
+            hidden = block(hidden, condition, mask, cache, layer)
+    if cache is not None:
+        cache.advance(count)
+    return hidden

@@ -247,11 +247,14 @@ class TokenizerModel(ModelMixin, AutoencoderMixin, ConfigMixin):
         self.latent_grid(*pixels.shape[2:])
 
     def _check_latents(self, latents: torch.Tensor) -> None:
+        self._check_grid("Latents", latents, self.latent_channels)
+
+    def _check_grid(self, name: str, values: torch.Tensor, channels: int) -> None:
+        """Check that there are as many channels, on the one grid of latents if there is one."""
         rows, columns = self.fixed_grid or ("h", "w")
-        fits = latents.ndim == 4 and latents.shape[1] == self.latent_channels
-        if not fits or (self.fixed_grid and tuple(latents.shape[2:]) != self.fixed_grid):
-            expected = f"(B, {self.latent_channels}, {rows}, {columns})"
-            raise ValueError(f"Latents must have shape {expected}, got {tuple(latents.shape)}.")
+        fits = values.ndim == 4 and values.shape[1] == channels
+        if not fits or (self.fixed_grid and tuple(values.shape[2:]) != self.fixed_grid):
+            raise ValueError(f"{name} must have shape (B, {channels}, {rows}, {columns}), got {tuple(values.shape)}.")
 
     def forward(self, sample: torch.Tensor, return_dict: bool = True) -> DecoderOutput | tuple[torch.Tensor, ...]:
         """Return the reconstruction of pixels, `decode(encode(sample).latent)`; the argument has diffusers' name."""

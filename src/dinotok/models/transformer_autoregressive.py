@@ -12,7 +12,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from torch import nn
 
-from .causal_attention import CausalSelfAttention, KeyValueCache, Rotary, causal_mask
+from .causal_attention import CausalSelfAttention, KeyValueCache, Rotary, causal_mask, run_blocks
 from .transformer_layers import SwiGLU, rotary_angles
 
 
@@ -365,16 +365,7 @@ class AutoregressiveTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin
         if cache is not None:
             cache.check_room(count)
         rotary = (rotary[0][past : past + count], rotary[1][past : past + count])
-        mask = causal_mask(count, past, tokens.device)
-        hidden = self.token_dropout(tokens)
-        for layer, block in enumerate(self.blocks):
-            if torch.is_grad_enabled() and self.gradient_checkpointing:
-                hidden = self._gradient_checkpointing_func(block, hidden, rotary, mask, cache, layer)
-            else:
-                hidden = block(hidden, rotary, mask, cache, layer)
-        if cache is not None:
-            cache.advance(count)
-        return self.norm(hidden)
+        return self.norm(run_blocks(self, self.token_dropout(tokens), rotary, cache))
 
     def _rotary(self, height: int, width: int, device: torch.device) -> Rotary:
         """Cosines and sines `(1 + h * w, head_dim / 2)`: a zero row for the class token, then the grid."""

@@ -11,7 +11,7 @@ from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
-from .causal_attention import CausalSelfAttention, KeyValueCache, causal_mask
+from .causal_attention import CausalSelfAttention, KeyValueCache, run_blocks
 from .transformer_autoregressive import AutoregressiveOutput
 
 
@@ -281,14 +281,7 @@ class RandomAutoregressiveTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapte
         """`(B, N, hidden_size)` tokens, positions added, to logits `(B, N, codes)`, float32."""
         past, count = (cache.length if cache else 0), hidden.shape[1]
         condition = F.silu(condition[:, None] + self.step_embedding[past : past + count])
-        mask = causal_mask(count, past, hidden.device)
-        for layer, block in enumerate(self.blocks):
-            if torch.is_grad_enabled() and self.gradient_checkpointing:
-                hidden = self._gradient_checkpointing_func(block, hidden, condition, mask, cache, layer)
-            else:
-                hidden = block(hidden, condition, mask, cache, layer)
-        if cache is not None:
-            cache.advance(count)
+        hidden = run_blocks(self, hidden, condition, cache)
         scale, shift = self.norm_modulation(condition).chunk(2, dim=-1)  # the other way round than in the blocks
         return self.output(self.norm(hidden) * (1 + scale) + shift).float()
 

@@ -5,12 +5,12 @@ from typing import Any, Self
 
 import torch
 from diffusers.configuration_utils import register_to_config
-from diffusers.models.autoencoders.vae import DecoderOutput
 from diffusers.models.modeling_utils import ModelMixin  # noqa: F401  diffusers looks for this name when it loads us
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
-from ..statistics import ReservoirSample, StreamingMoments
+from ..statistics import StreamingMoments
 from .autoencoder_dinotok import AutoencoderDINOTok
+from .discrete import DiscreteTokenizerModel
 from .quantizers import (
     DominantSubspaceQuantizer,
     QuantizerOutput,
@@ -21,13 +21,17 @@ from .quantizers import (
 from .tokenizer_model import channels_last_rows
 
 
-class VQModelDINOTok(AutoencoderDINOTok):
+class VQModelDINOTok(DiscreteTokenizerModel, AutoencoderDINOTok):  # type: ignore[misc]  # fit takes other options
     """Discrete image tokenizer on a frozen DINO: `AutoencoderDINOTok` with its two parts quantized.
 
     The semantic codebook lives in the dominant subspace of the deep features, the texture codebook in the texture
     channels; a position has one index of each, semantic first. `encode` gives continuous latents as the autoencoder
     does, `quantize` turns them to codes; `decode` takes either. Tiled encoding blends the latents of overlapping tiles
     first and quantizes them once, so indices are well defined there too.
+
+    `fit` finds the dominant subspace and both codebooks, in one pass over pictures: the subspace is the PCA of all
+    features seen, the codebooks are k-means centres of a uniform sample of them. The rest of the model, which comes
+    from an autoencoder, stays.
 
     Args:
         encoder_config: As in `AutoencoderDINOTok`, and so are all arguments that are not listed here.
@@ -176,17 +180,6 @@ class VQModelDINOTok(AutoencoderDINOTok):
         quantized = straight_through(latents, self._join(semantic.latents, fine.latents))
         return QuantizerOutput(quantized, indices, fine.loss, fine.codebook_loss, fine.commitment_loss)
 
-    def encode_to_indices(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Return the indices of pictures.
-
-        Args:
-            pixels: `(B, 3, H, W)` in [-1, 1]; H and W multiples of `patch_size`.
-
-        Returns:
-            `(B, num_codebooks, H / patch_size, W / patch_size)` int64, semantic first.
-        """
-        return self.quantize(self.encode(pixels).latent).indices
-
     @apply_forward_hook
     def indices_to_latents(self, indices: torch.Tensor) -> torch.Tensor:
         """Return the normalised latents of indices: what `quantize` gave with them.
@@ -200,8 +193,7 @@ class VQModelDINOTok(AutoencoderDINOTok):
         Raises:
             ValueError: If the shape is another or an index is outside its codebook.
         """
-        if indices.ndim != 4 or indices.shape[1] != self.num_codebooks:
-            raise ValueError(f"Indices must have shape (B, {self.num_codebooks}, h, w), got {tuple(indices.shape)}.")
+        self._check_indices(indices)
         semantic = self.semantic_quantizer.indices_to_latents(indices[:, 0])
         texture = self.texture_quantizer.indices_to_latents(indices[:, 1]) if self.has_texture_codebook else None
         return self._join(semantic, texture)
@@ -221,15 +213,6 @@ class VQModelDINOTok(AutoencoderDINOTok):
         if self.has_texture_codebook:
             distances.append(self.texture_quantizer.code_distances(texture, indices[:, 1]))
         return torch.stack(distances, 1)
-
-    def forward(self, sample: torch.Tensor, return_dict: bool = True) -> DecoderOutput | tuple[torch.Tensor, ...]:
-        """Return the reconstruction of pixels from their codes, `commit_loss` being the quantizers' loss.
-
-        In every mode this equals `decode(indices_to_latents(encode_to_indices(sample)))`.
-        """
-        quantized = self.quantize(self.encode(sample, return_dict=False)[0])
-        decoded = self.decode(quantized.latents, return_dict=False)[0]
-        return DecoderOutput(sample=decoded, commit_loss=quantized.loss) if return_dict else (decoded,)
 
     def update_codebook(self, latents: torch.Tensor) -> int:
         """Move the semantic codebook towards the latents of a training batch; see `DominantSubspaceQuantizer`.
@@ -260,90 +243,23 @@ class VQModelDINOTok(AutoencoderDINOTok):
 
     # ------------------------------------------------------------------------------------------- closed-form start
 
-    @torch.no_grad()
-    def fit(  # type: ignore[override]  # what AutoencoderDINOTok.fit finds is there already
-        self,
-        batches: Iterable[torch.Tensor],
-        *,
-        generator: torch.Generator | None = None,
-        max_tokens: int = 262144,
-        num_iterations: int = 20,
-    ) -> Self:
-        """Find the dominant subspace and both codebooks, in one pass over pictures.
-
-        The subspace is the PCA of all features seen; the codebooks are k-means centres of a uniform sample of them.
-        The rest of the model, which comes from an autoencoder, stays. Under `torch.distributed` every process passes
-        its share and all end with the same codebooks.
-
-        Args:
-            batches: An iterable of `(B, 3, H, W)` pixels in [-1, 1]; sizes may differ between batches.
-            generator: For the sample and the start of k-means; on the CPU. Seed 0 by default.
-            max_tokens: Size of the sample, which is kept in CPU memory: `4 * latent_channels` bytes each.
-            num_iterations: Of k-means.
-
-        Returns:
-            The model.
-
-        Raises:
-            ValueError: If a batch is not of that form, or there are fewer tokens than codes.
-        """
-        latents = (self.encode(pixels).latent for pixels in self._pixel_batches(batches))
-        return self.fit_codebooks(latents, generator=generator, max_tokens=max_tokens, num_iterations=num_iterations)
-
-    @torch.no_grad()
-    def fit_codebooks(
-        self,
-        latents: Iterable[torch.Tensor],
-        *,
-        generator: torch.Generator | None = None,
-        max_tokens: int = 262144,
-        num_iterations: int = 20,
-    ) -> Self:
-        """Do what `fit` does, from latents that are computed already.
-
-        Args:
-            latents: An iterable of `(B, latent_channels, h, w)`, as `encode` returns them.
-            generator: As in `fit`, and so are the others.
-            max_tokens: Likewise.
-            num_iterations: Likewise.
-
-        Returns:
-            The model.
-
-        Raises:
-            ValueError: If there are fewer tokens than codes.
-        """
-        quantizers: list[DominantSubspaceQuantizer | VectorQuantizer] = [self.semantic_quantizer]
-        if self.has_texture_codebook:
-            quantizers.append(self.texture_quantizer)
-        codes = max(quantizer.codebook_size for quantizer in quantizers)
-        if max_tokens < codes:
-            raise ValueError(f"max_tokens={max_tokens} is less than the {codes} codes of a codebook.")
-        generator = torch.Generator().manual_seed(0) if generator is None else generator
-        moments, sample = self._collect(latents, max_tokens, generator)
-        if len(sample) < codes:
-            raise ValueError(f"fit saw {len(sample)} tokens; at least one for each of the {codes} codes is needed.")
+    def _fit_quantizers(
+        self, batches: Iterable[torch.Tensor], max_tokens: int, generator: torch.Generator, num_iterations: int
+    ) -> None:
         channels = self.semantic_quantizer.channels
+        moments = StreamingMoments(channels)
+        sample = self._sample_rows((self._measured_rows(batch, moments) for batch in batches), max_tokens, generator)
+        moments.all_reduce()
         digest = self.config.encoder_digest or self.encoder.digest()
         self.semantic_quantizer.set_pca(moments.pca(), moments.count, digest)
-        self.semantic_quantizer.fit(sample.rows[:, :channels], generator, num_iterations)
+        self.semantic_quantizer.fit(sample[:, :channels], generator, num_iterations)
+        broadcast_state(self.semantic_quantizer)
         if self.has_texture_codebook:
-            self.texture_quantizer.fit(sample.rows[:, channels:], generator, num_iterations)
-        for quantizer in quantizers:
-            broadcast_state(quantizer)
-        return self
+            self.texture_quantizer.fit(sample[:, channels:], generator, num_iterations)
+            broadcast_state(self.texture_quantizer)
 
-    def _collect(
-        self, batches: Iterable[torch.Tensor], max_tokens: int, generator: torch.Generator
-    ) -> tuple[StreamingMoments, ReservoirSample]:
-        """Moments of what the semantic quantizer sees, and a sample of what both see, over all processes."""
-        seed = int(torch.randint(2**62, (1,), generator=generator))
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            seed += torch.distributed.get_rank()
-        sample = ReservoirSample(max_tokens, torch.Generator().manual_seed(seed))
-        moments = StreamingMoments(self.semantic_quantizer.channels)
-        for latents in batches:
-            semantic, texture = self._parts(latents.to(self.device))
-            moments.update(channels_last_rows(semantic))
-            sample.update(channels_last_rows(torch.cat([semantic, texture], 1)))
-        return moments.all_reduce(), sample.all_gather()
+    def _measured_rows(self, latents: torch.Tensor, moments: StreamingMoments) -> torch.Tensor:
+        """What both quantizers see, `(B * h * w, D)`; what the semantic one sees goes into the moments."""
+        semantic, texture = self._parts(latents)
+        moments.update(channels_last_rows(semantic))
+        return channels_last_rows(torch.cat([semantic, texture], 1))

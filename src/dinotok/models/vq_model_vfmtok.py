@@ -1,23 +1,22 @@
 """VFMTok: regions of a picture as tokens of one codebook (arXiv 2507.08441)."""
 
 from collections.abc import Iterable
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
-from diffusers.models.autoencoders.vae import DecoderOutput
 from diffusers.models.modeling_utils import ModelMixin  # noqa: F401  diffusers looks for this name when it loads us
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
-from ..statistics import ReservoirSample
+from .discrete import DiscreteTokenizerModel
 from .quantizers import QuantizerOutput, VectorQuantizer, broadcast_state
 from .region_tokenizer import RegionTokenizerModel
 from .tokenizer_model import channels_last_rows
 
 
-class VQModelVFMTok(RegionTokenizerModel):
+class VQModelVFMTok(DiscreteTokenizerModel, RegionTokenizerModel):
     """Discrete image tokenizer on regions of a frozen foundation model.
 
     The defaults, on DINOv2-L with registers, are the released model: pictures of 336 x 336 pixels become 256 tokens of
@@ -26,6 +25,8 @@ class VQModelVFMTok(RegionTokenizerModel):
 
     `encode` gives the latents before quantization, of any length; only their direction counts, in `quantize` and in
     `decode`. They are not normalised: mean 0 and standard deviation 1 are nominal.
+
+    `fit` sets the codebook to the k-means centres of the tokens of pictures: a start for training, which moves both.
 
     Args:
         encoder_config: The `to_dict()` of the encoder's `transformers` configuration.
@@ -77,6 +78,7 @@ class VQModelVFMTok(RegionTokenizerModel):
     _keep_in_fp32_modules = ["quantizer"]
 
     num_codebooks = 1
+    _any_codebook = "the codebook"
 
     @register_to_config
     def __init__(
@@ -164,10 +166,6 @@ class VQModelVFMTok(RegionTokenizerModel):
             found.commitment_loss,
         )  # fmt: skip
 
-    def encode_to_indices(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Return the indices `(B, 1, rows, columns)`, int64, of pixels `(B, 3, image_size, image_size)`."""
-        return self.quantize(self.encode(pixels).latent).indices
-
     @apply_forward_hook
     def indices_to_latents(self, indices: torch.Tensor) -> torch.Tensor:
         """Return the latents of indices: what `quantize` gave with them.
@@ -181,10 +179,7 @@ class VQModelVFMTok(RegionTokenizerModel):
         Raises:
             ValueError: If the shape is another or an index is outside the codebook.
         """
-        expected = (1, *self.config.query_grid)
-        if indices.ndim != 4 or tuple(indices.shape[1:]) != expected:
-            shape = ", ".join(map(str, expected))
-            raise ValueError(f"Indices must have shape (B, {shape}), got {tuple(indices.shape)}.")
+        self._check_indices(indices)
         return self._as_latents(self.quantizer.indices_to_latents(indices[:, 0]))
 
     def code_distances(self, latents: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
@@ -196,85 +191,13 @@ class VQModelVFMTok(RegionTokenizerModel):
         """
         return self.quantizer.code_distances(self.latents_affine.denormalize(latents), indices[:, 0])[:, None]
 
-    def forward(self, sample: torch.Tensor, return_dict: bool = True) -> DecoderOutput | tuple[torch.Tensor, ...]:
-        """Return the reconstruction of pixels from their codes, `commit_loss` being the quantizer's loss.
-
-        Without attention dropout this equals `decode(indices_to_latents(encode_to_indices(sample)))` in every mode.
-        """
-        quantized = self.quantize(self.encode(sample, return_dict=False)[0])
-        decoded = self.decode(quantized.latents, return_dict=False)[0]
-        return DecoderOutput(sample=decoded, commit_loss=quantized.loss) if return_dict else (decoded,)
-
     def _as_latents(self, codes: torch.Tensor) -> torch.Tensor:
         """Codes as normalised latents in the model's dtype, and in one memory format, so that they decode equally."""
         return self.latents_affine.normalize(codes).to(self.dtype).contiguous()
 
-    # ---------------------------------------------------------------------------------------------------- training
-
-    @torch.no_grad()
-    def fit(
-        self,
-        batches: Iterable[torch.Tensor],
-        *,
-        generator: torch.Generator | None = None,
-        max_tokens: int = 262144,
-        num_iterations: int = 20,
-    ) -> Self:
-        """Set the codebook to the k-means centres of the tokens of pictures. A start for training, which moves both.
-
-        Under `torch.distributed` every process passes its share and all end with the same codebook.
-
-        Args:
-            batches: An iterable of `(B, 3, image_size, image_size)` pixels in [-1, 1].
-            generator: For the sample and the start of k-means; on the CPU. Seed 0 by default.
-            max_tokens: Size of the uniform sample, which is kept in CPU memory.
-            num_iterations: Of k-means.
-
-        Returns:
-            The model.
-
-        Raises:
-            ValueError: If a batch is not of that form, or there are fewer tokens than codes.
-        """
-        latents = (self.encode(pixels).latent for pixels in self._pixel_batches(batches))
-        return self.fit_codebooks(latents, generator=generator, max_tokens=max_tokens, num_iterations=num_iterations)
-
-    @torch.no_grad()
-    def fit_codebooks(
-        self,
-        latents: Iterable[torch.Tensor],
-        *,
-        generator: torch.Generator | None = None,
-        max_tokens: int = 262144,
-        num_iterations: int = 20,
-    ) -> Self:
-        """Do what `fit` does, from latents that are computed already.
-
-        Args:
-            latents: An iterable of `(B, latent_channels, rows, columns)`, as `encode` returns them.
-            generator: As in `fit`, and so are the others.
-            max_tokens: Likewise.
-            num_iterations: Likewise.
-
-        Returns:
-            The model.
-
-        Raises:
-            ValueError: If there are fewer tokens than codes.
-        """
-        codes = self.quantizer.codebook_size
-        if max_tokens < codes:
-            raise ValueError(f"max_tokens={max_tokens} is less than the {codes} codes of the codebook.")
-        generator = torch.Generator().manual_seed(0) if generator is None else generator
-        seed = int(torch.randint(2**62, (1,), generator=generator))
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            seed += torch.distributed.get_rank()
-        sample = ReservoirSample(max_tokens, torch.Generator().manual_seed(seed))
-        for batch in latents:
-            sample.update(channels_last_rows(self.latents_affine.denormalize(batch.to(self.device))))
-        sample.all_gather()
-        if len(sample) < codes:
-            raise ValueError(f"fit saw {len(sample)} tokens; at least one for each of the {codes} codes is needed.")
-        self.quantizer.fit(sample.rows, generator, num_iterations)
+    def _fit_quantizers(
+        self, batches: Iterable[torch.Tensor], max_tokens: int, generator: torch.Generator, num_iterations: int
+    ) -> None:
+        rows = (channels_last_rows(self.latents_affine.denormalize(batch)) for batch in batches)
+        self.quantizer.fit(self._sample_rows(rows, max_tokens, generator), generator, num_iterations)
         broadcast_state(self.quantizer)
-        return self
