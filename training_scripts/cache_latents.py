@@ -14,12 +14,11 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from dinotok.data import PictureLoader, PictureTransform, load_pictures, to_pixels
-from dinotok.diffusion_training import label_names
+from dinotok.caches import common_fields, shard_loader
+from dinotok.data import PictureTransform, load_pictures, to_pixels
 from dinotok.hub import find_tokenizer
 from dinotok.latent_caches import LatentCacheDescription, begin_latent_cache, write_latent_shard
 from dinotok.models.discrete import DiscreteTokenizer
-from dinotok.picture_order import mix
 from dinotok.training import parse_options
 
 
@@ -73,19 +72,8 @@ def main(options: CacheOptions) -> Path:
     transform = PictureTransform(options.resolution, options.crop, options.flip and not centred)
     blank = torch.zeros(1, 3, options.resolution, options.resolution, device=accelerator.device)
     description = LatentCacheDescription(
-        tokenizer=options.tokenizer,
-        tokenizer_digest=files.digest,
+        **common_fields(options, files.digest, dataset),
         shape=list(tokenizer.encode(blank).latent.shape[1:]),
-        dataset=options.dataset,
-        num_pictures=len(dataset),
-        label_names=label_names(dataset),
-        resolution=options.resolution,
-        crop=options.crop,
-        flip=options.flip,
-        views=options.views,
-        seed=options.seed,
-        shard_size=options.shard_size,
-        mixed_precision=options.mixed_precision,
         dtype=options.dtype,
     )
     with accelerator.main_process_first():
@@ -93,13 +81,9 @@ def main(options: CacheOptions) -> Path:
     accelerator.wait_for_everyone()
     mine = missing[accelerator.process_index :: accelerator.num_processes]
     for view, pictures in tqdm(mine, unit="file", disable=not accelerator.is_main_process):
-        seed = mix("view", options.seed, view, pictures.start)
-        loader = PictureLoader(
-            dataset.select(pictures), transform, options.batch_size, seed=seed, num_workers=options.num_workers
-        )
         mirrored = options.flip and centred and view % 2 == 1
         rows = []
-        for batch in loader.once():
+        for batch in shard_loader(options, dataset, transform, view, pictures).once():
             pixels = to_pixels(batch["pixel_values"].to(accelerator.device))
             with accelerator.autocast():
                 latents = tokenizer.encode(pixels.flip(3) if mirrored else pixels).latent

@@ -15,9 +15,9 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from dinotok.data import PictureLoader, PictureTransform, load_pictures, to_pixels
+from dinotok.caches import common_fields, shard_loader
+from dinotok.data import PictureTransform, load_pictures, to_pixels
 from dinotok.hub import find_tokenizer
-from dinotok.picture_order import mix
 from dinotok.token_caches import CacheDescription, begin_token_cache, write_cache_shard
 from dinotok.training import parse_options
 
@@ -57,14 +57,6 @@ class CacheOptions:
     seed: int = 0
 
 
-def label_names(dataset) -> list[str]:
-    """Return the names of the classes, numbers where they have none."""
-    if "label" not in dataset.column_names:
-        raise ValueError("The data set has no column 'label', and the generator is class-conditional.")
-    names = getattr(dataset.features["label"], "names", None)
-    return list(names) if names else [str(label) for label in range(max(dataset["label"]) + 1)]
-
-
 @torch.no_grad()
 def main(options: CacheOptions) -> Path:
     """Write what is missing, and return the folder."""
@@ -75,38 +67,17 @@ def main(options: CacheOptions) -> Path:
     transform = PictureTransform(options.resolution, options.crop, options.flip)
     blank = torch.zeros(1, 3, options.resolution, options.resolution, device=accelerator.device)
     description = CacheDescription(
-        tokenizer=options.tokenizer,
-        tokenizer_digest=files.digest,
+        **common_fields(options, files.digest, dataset),
         codebook_sizes=dict(tokenizer.codebook_sizes),
         grid=list(tokenizer.encode_to_indices(blank).shape[2:]),
-        dataset=options.dataset,
-        num_pictures=len(dataset),
-        label_names=label_names(dataset),
-        resolution=options.resolution,
-        crop=options.crop,
-        flip=options.flip,
-        views=options.views,
-        seed=options.seed,
-        shard_size=options.shard_size,
-        mixed_precision=options.mixed_precision,
     )
     with accelerator.main_process_first():
         missing = begin_token_cache(options.output_dir, description)
     accelerator.wait_for_everyone()
-    for view, pictures in tqdm(
-        missing[accelerator.process_index :: accelerator.num_processes],
-        unit="file",
-        disable=not accelerator.is_main_process,
-    ):
-        loader = PictureLoader(
-            dataset.select(pictures),
-            transform,
-            options.batch_size,
-            seed=mix("view", options.seed, view, pictures.start),
-            num_workers=options.num_workers,
-        )
+    mine = missing[accelerator.process_index :: accelerator.num_processes]
+    for view, pictures in tqdm(mine, unit="file", disable=not accelerator.is_main_process):
         rows = []
-        for batch in loader.once():
+        for batch in shard_loader(options, dataset, transform, view, pictures).once():
             with accelerator.autocast():
                 indices = tokenizer.encode_to_indices(to_pixels(batch["pixel_values"].to(accelerator.device)))
             places = [pictures[row] for row in batch["indices"].tolist()]

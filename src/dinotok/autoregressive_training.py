@@ -21,6 +21,7 @@ from .models.transformer_random_autoregressive import (
     sample_orders,
 )
 from .picture_order import mix
+from .picture_sources import label_names
 from .token_caches import TokenLoader, is_token_cache, open_token_cache
 from .training import read_json
 
@@ -80,8 +81,7 @@ class TokenSource:
         self.codebook_sizes = list(tokenizer.codebook_sizes.values())
         blank = torch.zeros(1, 3, options.resolution, options.resolution, device=accelerator.device)
         self.grid = list(tokenizer.encode_to_indices(blank).shape[2:])
-        names = getattr(dataset.features["label"], "names", None)
-        self.label_names = list(names or (str(label) for label in range(max(dataset["label"]) + 1)))
+        self.label_names = label_names(dataset)
 
     def batches(self, start: int = 0) -> Generator[tuple[torch.Tensor, torch.Tensor], None, None]:
         """Yield indices `(B, K, h, w)` and labels without end, on the device."""

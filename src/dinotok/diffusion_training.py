@@ -22,6 +22,7 @@ from .models.discrete import DiscreteTokenizer
 from .models.tokenizer_model import TokenizerModel
 from .models.transformer_diffusion import DiffusionTransformer2DModel
 from .picture_order import mix
+from .picture_sources import label_names
 from .pipelines.class_conditional_diffusion import DINOTokDiTPipeline  # type: ignore[import-not-found, unused-ignore]
 from .training import RECORD_NAME, read_json, write_json
 
@@ -42,18 +43,6 @@ class DiffusionOptions(Protocol):
     lora_rank: int
     num_workers: int
     seed: int
-
-
-def label_names(dataset: Any) -> list[str]:
-    """Return the names of a data set's classes, numbers where they have none.
-
-    Raises:
-        ValueError: If it has no labels.
-    """
-    if "label" not in dataset.column_names:
-        raise ValueError("The data set has no column 'label', and the generator is class-conditional.")
-    names = getattr(dataset.features["label"], "names", None)
-    return list(names) if names else [str(label) for label in range(max(dataset["label"]) + 1)]
 
 
 class LatentSource:

@@ -12,11 +12,9 @@ where it was interrupted. `LatentLoader` reads rows from the files where they li
 to `datasets`.
 """
 
-import json
-import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,19 +24,18 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from .caches import DESCRIPTION_NAME, CacheLoader, Description, begin_cache, open_files
 from .folders import writing
-from .picture_order import RowOrder
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
 
 FORMAT, FORMAT_VERSION = "dinotok-latent-cache", 1
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-_DESCRIPTION = "cache.json"
 
 
 @dataclass(frozen=True)
-class LatentCacheDescription:
+class LatentCacheDescription(Description):
     """What the latents of a cache are of: everything that decides them.
 
     Attributes:
@@ -58,6 +55,11 @@ class LatentCacheDescription:
         dtype: Of the stored numbers: float16, bfloat16 or float32.
     """
 
+    FORMAT_NAME = FORMAT
+    VERSION = FORMAT_VERSION
+    CONTENT = "latents"
+    SUFFIX = ".safetensors"
+
     tokenizer: str
     tokenizer_digest: str
     shape: list[int]
@@ -72,16 +74,6 @@ class LatentCacheDescription:
     shard_size: int
     mixed_precision: str
     dtype: str
-
-    def shards(self) -> list[tuple[int, range]]:
-        """Return view and pictures of every file, view by view."""
-        starts = [index * self.shard_size for index in range(math.ceil(self.num_pictures / self.shard_size))]
-        ranges = [range(start, min(start + self.shard_size, self.num_pictures)) for start in starts]
-        return [(view, pictures) for view in range(self.views) for pictures in ranges]
-
-    def shard_path(self, folder: str | os.PathLike[str], view: int, pictures: range) -> Path:
-        """Return the file of a view of some pictures."""
-        return Path(folder) / f"latents-{view:02d}-{pictures.start // self.shard_size:05d}.safetensors"
 
 
 def begin_latent_cache(folder: str | os.PathLike[str], description: LatentCacheDescription) -> list[tuple[int, range]]:
@@ -99,23 +91,7 @@ def begin_latent_cache(folder: str | os.PathLike[str], description: LatentCacheD
     """
     if description.dtype not in DTYPES:
         raise ValueError(f"dtype={description.dtype!r} is none of {', '.join(DTYPES)}.")
-    path = Path(folder) / _DESCRIPTION
-    if path.is_file():
-        there, wanted = asdict(_read_description(path)), asdict(description)
-        for name in ("tokenizer", "dataset"):  # where they lie does not matter; their content is compared
-            there.pop(name), wanted.pop(name)
-        different = [name for name in wanted if there[name] != wanted[name]]
-        if different:
-            name = different[0]
-            raise ValueError(
-                f"{str(folder)!r} has latents with {name}={there[name]!r}, not {wanted[name]!r}: go on with the same "
-                "options, or choose another folder."
-            )
-    else:
-        content = {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(description)}
-        with writing(path) as temporary:
-            temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    return [shard for shard in description.shards() if not description.shard_path(folder, *shard).is_file()]
+    return begin_cache(folder, description)
 
 
 def write_latent_shard(
@@ -144,8 +120,7 @@ def write_latent_shard(
     for picture, label, latents in rows:
         if tuple(latents.shape) != shape:
             raise ValueError(f"Latents of picture {picture} have shape {tuple(latents.shape)}, not {shape}.")
-        if not 0 <= label < len(description.label_names):
-            raise ValueError(f"Picture {picture} has the label {label}, not in 0..{len(description.label_names) - 1}.")
+        description.check_label(picture, label)
         if not latents.to(dtype).isfinite().all():
             raise ValueError(f"Latents of picture {picture} are not finite in {description.dtype}.")
     stored = [latents.to("cpu", dtype) for _, _, latents in rows]
@@ -210,7 +185,7 @@ def _rows(folder: str) -> Iterator[dict[str, Any]]:
 
 def is_latent_cache(folder: str | os.PathLike[str]) -> bool:
     """Tell whether a folder is a cache of latents."""
-    path = Path(folder) / _DESCRIPTION
+    path = Path(folder) / DESCRIPTION_NAME
     return path.is_file() and f'"{FORMAT}"' in path.read_text(encoding="utf-8")
 
 
@@ -221,27 +196,17 @@ def open_latent_cache(folder: str | os.PathLike[str]) -> LatentCache:
         ValueError: If the folder is no cache, or files are missing, damaged or empty.
         OSError: If it cannot be read.
     """
-    folder = Path(folder)
     if not is_latent_cache(folder):
-        raise ValueError(f"{str(folder)!r} is no cache of latents: it has no {_DESCRIPTION} of this format.")
-    description = _read_description(folder / _DESCRIPTION)
-    paths = [description.shard_path(folder, *shard) for shard in description.shards()]
-    missing = [path.name for path in paths if not path.is_file()]
-    if missing:
-        raise ValueError(
-            f"{str(folder)!r} is not complete: {len(missing)} of {len(paths)} files are missing, first {missing[0]!r}."
-        )
+        raise ValueError(f"{str(folder)!r} is no cache of latents: it has no {DESCRIPTION_NAME} of this format.")
+    description, paths = open_files(folder, LatentCacheDescription)
     cache = LatentCache(description, tuple(paths))
     if not len(cache):
         raise ValueError(f"{str(folder)!r} has no latents: none of its pictures could be read.")
     return cache
 
 
-class LatentLoader:
-    """Batches of cached latents, in an order that is a pure function of the cache, the seed and the global batch size.
-
-    Batch `n` is the same in a resumed run as in a straight one, and the slices of `world_size` processes, joined in
-    the order of their ranks, are the batch of one process with `batch_size * world_size`.
+class LatentLoader(CacheLoader):
+    """Batches of cached latents: dictionaries of `latents` and `labels`. Their order is as in `CacheLoader`.
 
     Args:
         cache: From `open_latent_cache`.
@@ -255,46 +220,14 @@ class LatentLoader:
     """
 
     def __init__(self, cache: LatentCache, batch_size: int, *, seed: int = 0, rank: int = 0, world_size: int = 1):
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size} is not positive.")
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank={rank} is not in [0, world_size={world_size}).")
-        self.cache, self.batch_size, self.rank, self.world_size = cache, batch_size, rank, world_size
-        self._order = RowOrder(len(cache), batch_size * world_size, seed)
-        self.steps_per_epoch = self._order.steps_per_epoch
+        super().__init__(len(cache), batch_size, seed, rank, world_size)
+        self.cache = cache
 
-    def batches(self, start: int = 0) -> Iterator[dict[str, torch.Tensor]]:
-        """Yield batches without end.
-
-        Args:
-            start: Number of the first batch: as many as an interrupted run has used.
-
-        Yields:
-            Dictionaries of `latents`, float32 `(batch_size, C, h, w)`, and `labels`, int64 `(batch_size,)`.
-        """
-        number, first = start, self.rank * self.batch_size
-        while True:
-            draws = self._order.draws(number)[first : first + self.batch_size]
-            yield self._batch([draw.row for draw in draws])
-            number += 1
-
-    def once(self) -> Iterator[dict[str, torch.Tensor]]:
-        """Yield this process's share of all rows once, in their order; the last batch is smaller."""
-        rows = range(self.rank, len(self.cache), self.world_size)
-        for start in range(0, len(rows), self.batch_size):
-            yield self._batch(list(rows[start : start + self.batch_size]))
-
-    def _batch(self, rows: list[int]) -> dict[str, torch.Tensor]:
+    def batch(self, rows: list[int]) -> dict[str, torch.Tensor]:
+        """Return `latents`, float32 `(rows, C, h, w)`, and `labels`, int64 `(rows,)`."""
         found = [self.cache.row(row) for row in rows]
         latents = torch.stack([latents for latents, _ in found]).float()
         return {"latents": latents, "labels": torch.tensor([label for _, label in found])}
-
-
-def _read_description(path: Path) -> LatentCacheDescription:
-    content: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    if content.get("format") != FORMAT or content.get("format_version") != FORMAT_VERSION:
-        raise ValueError(f"{str(path)!r} is not of this version's format ({FORMAT}, {FORMAT_VERSION}).")
-    return LatentCacheDescription(**{name: content[name] for name in LatentCacheDescription.__dataclass_fields__})
 
 
 def _open(path: Path) -> Any:

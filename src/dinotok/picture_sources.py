@@ -66,6 +66,18 @@ def load_pictures(
     return _named_columns(dataset, image_column, label_column)
 
 
+def label_names(dataset: Any) -> list[str]:
+    """Return the names of a data set's classes, numbers where they have none.
+
+    Raises:
+        ValueError: If it has no labels.
+    """
+    if "label" not in dataset.column_names:
+        raise ValueError("The data set has no column 'label', and the generator is class-conditional.")
+    names = getattr(dataset.features["label"], "names", None)
+    return list(names) if names else [str(label) for label in range(max(dataset["label"]) + 1)]
+
+
 def _load_repository(name: str, split: str, streaming: bool, revision: str | None, token: str | None) -> Any:
     from datasets import load_dataset
 

@@ -11,31 +11,29 @@ Every picture is there `views` times, cropped and flipped anew. A row is one vie
 they are of. A file is there whole or not at all, so writing goes on where it was interrupted.
 """
 
-import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from math import ceil, prod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from .caches import DESCRIPTION_NAME, CacheLoader, Description, begin_cache, open_files
 from .folders import writing
-from .picture_order import RowOrder
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 FORMAT_VERSION = 1
-_DESCRIPTION = "cache.json"
 
 
 @dataclass(frozen=True)
-class CacheDescription:
+class CacheDescription(Description):
     """What the tokens of a cache are of: everything that decides them.
 
     Attributes:
@@ -55,6 +53,11 @@ class CacheDescription:
         mixed_precision: Of the tokenizer.
     """
 
+    FORMAT_NAME = "dinotok-token-cache"
+    VERSION = FORMAT_VERSION
+    CONTENT = "tokens"
+    SUFFIX = ".parquet"
+
     tokenizer: str
     tokenizer_digest: str
     codebook_sizes: dict[str, int]
@@ -70,16 +73,6 @@ class CacheDescription:
     shard_size: int
     mixed_precision: str
 
-    def shards(self) -> list[tuple[int, range]]:
-        """Return view and pictures of every file, view by view."""
-        starts = [index * self.shard_size for index in range(ceil(self.num_pictures / self.shard_size))]
-        ranges = [range(start, min(start + self.shard_size, self.num_pictures)) for start in starts]
-        return [(view, pictures) for view in range(self.views) for pictures in ranges]
-
-    def shard_path(self, folder: str | os.PathLike[str], view: int, pictures: range) -> Path:
-        """Return the file of a view of some pictures."""
-        return Path(folder) / f"tokens-{view:02d}-{pictures.start // self.shard_size:05d}.parquet"
-
 
 def begin_token_cache(folder: str | os.PathLike[str], description: CacheDescription) -> list[tuple[int, range]]:
     """Start a cache, or go on with one.
@@ -94,23 +87,7 @@ def begin_token_cache(folder: str | os.PathLike[str], description: CacheDescript
     Raises:
         ValueError: If the folder holds tokens of something else.
     """
-    path = Path(folder) / _DESCRIPTION
-    if path.is_file():
-        there, wanted = asdict(_read_description(path)), asdict(description)
-        for name in ("tokenizer", "dataset"):  # where they lie does not matter; their content is compared
-            there.pop(name), wanted.pop(name)
-        different = [name for name in wanted if there[name] != wanted[name]]
-        if different:
-            name = different[0]
-            raise ValueError(
-                f"{str(folder)!r} has tokens with {name}={there[name]!r}, not {wanted[name]!r}: go on with the same "
-                "options, or choose another folder."
-            )
-    else:
-        content = {"format": "dinotok-token-cache", "format_version": FORMAT_VERSION, **asdict(description)}
-        with writing(path) as temporary:
-            temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    return [shard for shard in description.shards() if not description.shard_path(folder, *shard).is_file()]
+    return begin_cache(folder, description)
 
 
 def write_cache_shard(
@@ -140,8 +117,7 @@ def write_cache_shard(
     for picture, label, indices in rows:
         if tuple(indices.shape) != shape:
             raise ValueError(f"Indices of picture {picture} have shape {tuple(indices.shape)}, not {shape}.")
-        if not 0 <= label < len(description.label_names):
-            raise ValueError(f"Picture {picture} has the label {label}, not in 0..{len(description.label_names) - 1}.")
+        description.check_label(picture, label)
     dtype = np.uint16 if max(sizes) <= 2**16 else np.int32
     flat = [indices.cpu().numpy().astype(dtype).ravel() for _, _, indices in rows]
     values = pa.array(np.concatenate(flat) if flat else np.empty(0, dtype))
@@ -179,7 +155,7 @@ class TokenCache:
 
 def is_token_cache(folder: str | os.PathLike[str]) -> bool:
     """Tell whether a folder is a cache of tokens."""
-    return (Path(folder) / _DESCRIPTION).is_file()
+    return (Path(folder) / DESCRIPTION_NAME).is_file()
 
 
 def open_token_cache(folder: str | os.PathLike[str]) -> TokenCache:
@@ -191,16 +167,9 @@ def open_token_cache(folder: str | os.PathLike[str]) -> TokenCache:
     """
     from datasets import Dataset, disable_progress_bars
 
-    folder = Path(folder)
     if not is_token_cache(folder):
-        raise ValueError(f"{str(folder)!r} is no cache of tokens: it has no {_DESCRIPTION}.")
-    description = _read_description(folder / _DESCRIPTION)
-    paths = [description.shard_path(folder, *shard) for shard in description.shards()]
-    missing = [path.name for path in paths if not path.is_file()]
-    if missing:
-        raise ValueError(
-            f"{str(folder)!r} is not complete: {len(missing)} of {len(paths)} files are missing, first {missing[0]!r}."
-        )
+        raise ValueError(f"{str(folder)!r} is no cache of tokens: it has no {DESCRIPTION_NAME}.")
+    description, paths = open_files(folder, CacheDescription)
     disable_progress_bars()
     dataset = Dataset.from_parquet([str(path) for path in paths])
     if not len(dataset):
@@ -208,11 +177,8 @@ def open_token_cache(folder: str | os.PathLike[str]) -> TokenCache:
     return TokenCache(description, dataset)
 
 
-class TokenLoader:
-    """Batches of cached tokens, in an order that is a pure function of the cache, the seed and the global batch size.
-
-    Batch `n` is the same in a resumed run as in a straight one, and the slices of `world_size` processes, joined in
-    the order of their ranks, are the batch of one process with `batch_size * world_size`.
+class TokenLoader(CacheLoader):
+    """Batches of cached tokens: dictionaries of `indices` and `labels`. Their order is as in `CacheLoader`.
 
     Args:
         cache: From `open_token_cache`.
@@ -226,45 +192,12 @@ class TokenLoader:
     """
 
     def __init__(self, cache: TokenCache, batch_size: int, *, seed: int = 0, rank: int = 0, world_size: int = 1):
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size} is not positive.")
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank={rank} is not in [0, world_size={world_size}).")
-        self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
+        super().__init__(len(cache.dataset), batch_size, seed, rank, world_size)
         self._shape = cache.shape
         self._rows = cache.dataset.with_format("numpy", columns=["indices", "label"])
-        self._order = RowOrder(len(cache.dataset), batch_size * world_size, seed)
-        self.steps_per_epoch = self._order.steps_per_epoch
 
-    def batches(self, start: int = 0) -> Iterator[dict[str, torch.Tensor]]:
-        """Yield batches without end.
-
-        Args:
-            start: Number of the first batch: as many as an interrupted run has used.
-
-        Yields:
-            Dictionaries of `indices`, int64 `(batch_size, K, h, w)`, and `labels`, int64 `(batch_size,)`.
-        """
-        number, first = start, self.rank * self.batch_size
-        while True:
-            draws = self._order.draws(number)[first : first + self.batch_size]
-            yield self._batch([draw.row for draw in draws])
-            number += 1
-
-    def once(self) -> Iterator[dict[str, torch.Tensor]]:
-        """Yield this process's share of all rows once, in their order; the last batch is smaller."""
-        rows = range(self.rank, len(self._rows), self.world_size)
-        for start in range(0, len(rows), self.batch_size):
-            yield self._batch(list(rows[start : start + self.batch_size]))
-
-    def _batch(self, rows: list[int]) -> dict[str, torch.Tensor]:
+    def batch(self, rows: list[int]) -> dict[str, torch.Tensor]:
+        """Return `indices`, int64 `(rows, K, h, w)`, and `labels`, int64 `(rows,)`."""
         found = self._rows[rows]
         indices = torch.from_numpy(np.stack(found["indices"]).astype(np.int64)).view(-1, *self._shape)
         return {"indices": indices, "labels": torch.from_numpy(np.asarray(found["label"], dtype=np.int64))}
-
-
-def _read_description(path: Path) -> CacheDescription:
-    content: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    if content.get("format") != "dinotok-token-cache" or content.get("format_version") != FORMAT_VERSION:
-        raise ValueError(f"{str(path)!r} is not of this version's format ({FORMAT_VERSION}).")
-    return CacheDescription(**{name: content[name] for name in CacheDescription.__dataclass_fields__})
