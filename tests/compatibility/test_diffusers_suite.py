@@ -115,6 +115,7 @@ CHECKPOINTED_PARTS = {"Decoder", "UNetMidBlock2D", "DINOv3ViTLayer", "RegionSamp
 class RegionConfig(BaseModelTesterConfig):
     output_shape = (3, 64, 64)
     main_input_name = "sample"
+    different_shapes_for_compilation = None  # there is one
 
     def get_init_dict(self):
         sizes = {f"{part}_intermediate_size": 24 for part in ("sampler", "decoder")}

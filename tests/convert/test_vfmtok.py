@@ -140,6 +140,7 @@ def test_statistics_per_position_go_into_the_config(tmp_path, shape):
     torch.save({"mean": mean, "var": deviation}, tmp_path / "stats.pt")
     found, std = read_latents_statistics(tmp_path / "stats.pt")
     assert found.shape == std.shape == (8, 16)
+    assert torch.equal(std, torch.from_numpy(deviation).view(8, 16) + 1e-5)
     checkpoint = save_released(tmp_path, "vfmae")
     convert_vfmae(checkpoint, tmp_path / "out", encoder=ENCODER, statistics=tmp_path / "stats.pt", **SIZES)
     model = AutoencoderVFMTok.from_pretrained(tmp_path / "out")
