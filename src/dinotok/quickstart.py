@@ -68,22 +68,21 @@ def print_quickstart(result: QuickstartResult) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    columns = ("photograph", "size", "latents", "PSNR (dB), SSIM", "codes", "PSNR (dB), SSIM", "bits/pixel")
-    table = Table(*columns)
+    table = Table("photograph", "size", "from latents: PSNR, SSIM", "from codes: PSNR, SSIM")
     for row in result.rows:
         table.add_row(
             row["file"],
             f"{row['width']}x{row['height']}",
-            "x".join(map(str, row["latents"])),
-            f"{row['psnr']:.2f}, {row['ssim']:.3f}",
-            "x".join(map(str, row["indices"])),
-            f"{row['codes_psnr']:.2f}, {row['codes_ssim']:.3f}",
-            f"{row['bits_per_pixel']:.3f}",
+            f"{row['psnr']:.2f} dB, {row['ssim']:.3f}",
+            f"{row['codes_psnr']:.2f} dB, {row['codes_ssim']:.3f}",
         )
+    first = result.rows[0]
     console = Console(soft_wrap=True, highlight=False, markup=False)
     console.print(table)
     console.print(
-        f"{result.seconds:.1f} s in all. The photographs are none of those that the models were made from.\n"
+        f"For each 16 x 16 pixels {first['latents'][0]} latents, or {first['indices'][0]} codes "
+        f"({first['bits_per_pixel']:.3f} bits per pixel). {result.seconds:.1f} s in all.\n"
+        "The photographs are none of those that the models were made from.\n"
         "\n"
         f"{AUTOENCODER} and {DISCRETE} are small models that come with the package: trained on 6,000 photographs of\n"
         "ten classes, on two CPU cores. They show what the code does, not what the papers' models reach.\n"
