@@ -8,6 +8,7 @@ __version__ = "0.1.0"
 _LOCATIONS = {
     "AutoencoderDINOTok": "models.autoencoder_dinotok",
     "AutoencoderVFMTok": "models.autoencoder_vfmtok",
+    "DINOTokARPipeline": "pipelines.class_conditional_autoregressive",
     "DINOTokDiTPipeline": "pipelines.class_conditional_diffusion",
     "DiffusionTransformer2DModel": "models.transformer_diffusion",
     "AutoregressiveTransformer2DModel": "models.transformer_autoregressive",
@@ -44,6 +45,9 @@ if TYPE_CHECKING:
     )
     from .models.vq_model_dinotok import VQModelDINOTok as VQModelDINOTok
     from .models.vq_model_vfmtok import VQModelVFMTok as VQModelVFMTok
+    from .pipelines.class_conditional_autoregressive import (  # type: ignore[import-not-found, unused-ignore]
+        DINOTokARPipeline as DINOTokARPipeline,
+    )
     from .pipelines.class_conditional_diffusion import (  # type: ignore[import-not-found, unused-ignore]
         DINOTokDiTPipeline as DINOTokDiTPipeline,
     )
