@@ -27,6 +27,7 @@ from tqdm import tqdm
 from dinotok import AutoencoderDINOTok, VQModelDINOTok
 from dinotok.metrics import ReconstructionMetrics
 from dinotok.models.quantizers import CodeCounter
+from dinotok.probes import knn_accuracy
 
 RESULTS = Path(__file__).parent / "results" / "quantizer_study.json"
 DECODER = {"block_out_channels": (16, 32, 32, 64, 128), "layers_per_block": 1, "norm_num_groups": 8}
@@ -56,14 +57,6 @@ def codebook_rows() -> dict[str, dict]:
 def latents_of(model: AutoencoderDINOTok, pictures: torch.Tensor) -> torch.Tensor:
     batches = tqdm(pictures.split(50), desc="latents", mininterval=30)
     return torch.cat([model.encode(to_pixels(batch)).latent.half() for batch in batches])
-
-
-def knn_accuracy(train: torch.Tensor, labels: torch.Tensor, test: torch.Tensor, truth: torch.Tensor) -> float:
-    """Cosine-weighted 20-NN vote, temperature 0.07 (the DINO protocol)."""
-    similarity = F.normalize(test, dim=1) @ F.normalize(train, dim=1).T
-    values, neighbours = similarity.topk(20, dim=1)
-    votes = torch.zeros(len(test), 10).scatter_add_(1, labels[neighbours], (values / 0.07).exp())
-    return float((votes.argmax(1) == truth).float().mean())
 
 
 def quantized(model: VQModelDINOTok, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
