@@ -329,25 +329,6 @@ def _leave_out_frozen(models: list[nn.Module], weights: list[dict[str, torch.Ten
             del state[key]
 
 
-class TrainingState:
-    """Numbers of a run that are saved with its checkpoints; register it with the accelerator.
-
-    Args:
-        **values: Plain numbers by name: attributes afterwards.
-    """
-
-    def __init__(self, **values: float):
-        self.__dict__.update(values)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the numbers."""
-        return dict(self.__dict__)
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take them back."""
-        self.__dict__.update(state)
-
-
 # ------------------------------------------------------------------------------------------------------- averages
 
 
