@@ -29,6 +29,7 @@ from .losses import (
 )
 from .lpips import LPIPS
 from .metrics import ReconstructionMetrics
+from .models.autoencoder_dinotok import AutoencoderDINOTok
 from .models.discrete import DiscreteTokenizer
 from .models.discriminators import FeatureDiscriminator, PatchDiscriminator
 from .models.encoders import FrozenEncoder
@@ -101,6 +102,10 @@ def fit_tokenizer(tokenizer: TokenizerModel, batches: Callable[[], Iterator[torc
         fit(batches())
     else:
         tokenizer.fit_latents_statistics(batches())
+    if isinstance(tokenizer, AutoencoderDINOTok) and (
+        isinstance(tokenizer, DiscreteTokenizer) or tokenizer.config["linear_kernel_size"] > 1
+    ):
+        tokenizer.fit_linear_decoder(batches())
 
 
 def _is_fitted(tokenizer: TokenizerModel) -> bool:

@@ -75,6 +75,36 @@ def test_fitted_linear_path_is_the_least_squares_optimum():
     assert ours.square().mean().item() == pytest.approx(residual.square().mean().item(), rel=1e-4)
 
 
+def test_linear_path_with_neighbours_is_the_least_squares_optimum():
+    """Beside the convolutional path as it is, no linear map of 3 x 3 features has a smaller error on the same data."""
+    data = batches()
+    model = tiny_autoencoder(linear_kernel_size=3).fit(data)
+    own_patch = torch.cat([model(pixels).sample - pixels for pixels in data]).square().mean().item()
+    randomize(model.decoder)
+    model.fit_linear_decoder(iter(data), ridge=1e-9)
+    rows, targets = [], []
+    for pixels in data:
+        latents = model.encode(pixels).latent
+        padded = F.pad(latents[:, 32:], (1, 1, 1, 1), mode="replicate")
+        windows = padded.unfold(2, 3, 1).unfold(3, 3, 1)  # (B, C, h, w, 3, 3)
+        rows.append(windows.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(0, 2))
+        lacking = pixels - model.decoder(latents)
+        targets.append(F.pixel_unshuffle(lacking, 16).permute(0, 2, 3, 1).flatten(0, 2))
+    rows, targets = torch.cat(rows).double(), torch.cat(targets).double()
+    design = torch.cat([rows, torch.ones(len(rows), 1).double()], 1)
+    best = (targets - design @ torch.linalg.lstsq(design, targets).solution).square().mean().item()
+    ours = torch.cat([model(pixels).sample - pixels for pixels in data]).square().mean().item()
+    assert ours == pytest.approx(best, rel=1e-4, abs=1e-6)
+    assert ours < own_patch
+
+
+def test_a_wide_linear_path_starts_as_the_narrow_one():
+    pixels = random_pixels(2, 3, 48, 80)
+    narrow, wide = (tiny_autoencoder(linear_kernel_size=size).fit(batches()) for size in (1, 3))
+    wide.decoder.load_state_dict(narrow.decoder.state_dict())
+    torch.testing.assert_close(wide(pixels).sample, narrow(pixels).sample)
+
+
 def test_no_projection_of_the_same_width_loses_less_of_the_pixels():
     """The error is the smallest of any rank-8 map, and that of the PCA projection is larger."""
     data = batches()
@@ -173,6 +203,7 @@ def test_fit_names_what_is_wrong(data, message):
         ({"patch_size": 8}, "patch_size=8 needs"),
         ({"shallow_layer": 4}, "shallow_layer=4 does not exist"),
         ({"deep_layers": 0}, "deep_layers=0"),
+        ({"linear_kernel_size": 2}, "linear_kernel_size=2 must be odd"),
         ({"texture_channels": -1}, "texture_channels=-1"),
         ({"texture_channels": 33}, "texture_channels=33 must lie between 0 and 32"),
         ({"latent_channels": 7}, "latent_channels=7"),

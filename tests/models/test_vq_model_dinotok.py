@@ -213,6 +213,26 @@ def test_from_autoencoder_copies_and_does_not_share(dtype):
     assert torch.equal(autoencoder(pixels).sample, expected)
 
 
+def test_the_linear_path_is_fitted_to_the_codes():
+    """It beats the autoencoder's on quantized latents, and neighbours help further."""
+    data, errors = batches(), []
+    for size in (None, 1, 3):
+        model = VQModelDINOTok.from_autoencoder(fitted_autoencoder(), **SIZES, linear_kernel_size=size or 1).fit(data)
+        if size:
+            model.fit_linear_decoder(data)
+        errors.append(torch.cat([model(pixels).sample - pixels for pixels in data]).square().mean().item())
+    assert errors[0] > errors[1] > errors[2]
+
+
+def test_a_wider_linear_path_than_the_autoencoders_begins_alike():
+    pixels = random_pixels(1, 3, 48, 64)
+    model = VQModelDINOTok.from_autoencoder(fitted_autoencoder(), **SIZES, linear_kernel_size=3)
+    latents = model.encode(pixels).latent
+    torch.testing.assert_close(model.decode(latents).sample, fitted_autoencoder()(pixels).sample)
+    with pytest.raises(ValueError, match="kernel of 3 does not fit into one of 1"):
+        VQModelDINOTok.from_autoencoder(tiny_autoencoder(linear_kernel_size=3), **SIZES, linear_kernel_size=1)
+
+
 def test_from_autoencoder_needs_one_that_fits():
     with pytest.raises(RuntimeError, match="size mismatch"):
         VQModelDINOTok.from_autoencoder(tiny_autoencoder(), **SIZES, shallow_layer=1, block_out_channels=(4,) * 5)

@@ -36,6 +36,8 @@ class AutoencoderDINOTok(TokenizerModel):
         texture_channels: Width of the texture part. 0 leaves it out: deep features only, as in RAE, the control of
             every table; the linear path then starts from the deep part.
         deep_layers: The deep part is the sum of this many last layers (RAEv2's baseline); 1 is the paper's.
+        linear_kernel_size: Features on each side that the linear path reads for a patch: 1 is its own only. With 3 it
+            sees the neighbours too, which is worth most where features are quantized; see `fit_linear_decoder`.
         block_out_channels: Widths of the convolutional decoder from the picture inwards; `(128, 128, 256, 256, 512)`
             is the decoder of LDM and VA-VAE.
         layers_per_block: Residual blocks per resolution of the encoder that decoder mirrors (it has one more).
@@ -68,6 +70,7 @@ class AutoencoderDINOTok(TokenizerModel):
         shallow_layer: int = 0,
         texture_channels: int = 64,
         deep_layers: int = 1,
+        linear_kernel_size: int = 1,
         block_out_channels: tuple[int, ...] = (128, 128, 256, 256, 512),
         layers_per_block: int = 2,
         norm_num_groups: int = 32,
@@ -102,7 +105,13 @@ class AutoencoderDINOTok(TokenizerModel):
         if texture_channels:
             self.texture_projection = nn.Conv2d(self.encoder.hidden_size, texture_channels, 1)
         self.decoder_input = ChannelAffine([0.0] * self.latent_channels, [1.0] * self.latent_channels, persistent=True)
-        self.linear_decoder = nn.Conv2d(texture_channels or self.deep_channels, 3 * patch_size**2, 1)
+        self.linear_decoder = nn.Conv2d(
+            texture_channels or self.deep_channels,
+            3 * patch_size**2,
+            linear_kernel_size,
+            padding=linear_kernel_size // 2,
+            padding_mode="replicate",
+        )
         self.decoder = Decoder(
             in_channels=self.latent_channels,
             out_channels=3,
@@ -133,6 +142,9 @@ class AutoencoderDINOTok(TokenizerModel):
         if not 1 <= config.deep_layers <= last:
             raise ValueError(f"deep_layers={config.deep_layers} must lie between 1 and {last}.")
 
+        if config.linear_kernel_size < 1 or config.linear_kernel_size % 2 == 0:
+            raise ValueError(f"linear_kernel_size={config.linear_kernel_size} must be odd and positive.")
+
     # ------------------------------------------------------------------------------------------ encode and decode
 
     def _features(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -149,8 +161,12 @@ class AutoencoderDINOTok(TokenizerModel):
 
     def _decode(self, latents: torch.Tensor) -> torch.Tensor:
         inputs = self.decoder_input.normalize(latents).to(self.dtype)  # (B, C, h, w)
-        patches = self.linear_decoder(inputs[:, -self.linear_decoder.in_channels :])  # (B, 3 p^2, h, w)
+        patches = self.linear_decoder(self._linear_inputs(inputs))  # (B, 3 p^2, h, w)
         return F.pixel_shuffle(patches, self.patch_size) + self.decoder(inputs)  # (B, 3, h p, w p)
+
+    def _linear_inputs(self, inputs: torch.Tensor) -> torch.Tensor:
+        """What the linear path reads of the decoder's input: the texture, or deep features where there is none."""
+        return inputs[:, -self.linear_decoder.in_channels :]
 
     # ------------------------------------------------------------------------------------------- closed-form start
 
@@ -164,9 +180,10 @@ class AutoencoderDINOTok(TokenizerModel):
         """Set projection, linear path and latent statistics in closed form, in one pass over pictures.
 
         The linear path becomes the ridge regression from the texture channels to patches of pixels, and the latents'
-        mean and standard deviation follow from the same sums. The convolutional decoder is left as it is. Sums are
-        kept in float64 and the pictures are not; under `torch.distributed` every process passes its share and all end
-        with the same model.
+        mean and standard deviation follow from the same sums. It reads a patch's own feature only, whatever its
+        kernel: `fit_linear_decoder` includes the neighbours. The convolutional decoder is left as it is. Sums are kept
+        in float64 and the pictures are not; under `torch.distributed` every process passes its share and all end with
+        the same model.
 
         Args:
             batches: An iterable of `(B, 3, H, W)` pixels in [-1, 1]; sizes may differ between batches.
@@ -207,6 +224,44 @@ class AutoencoderDINOTok(TokenizerModel):
         _set_linear(self.linear_decoder, self.latents_std.cpu()[-len(weight) :, None] * weight, bias)
         return self
 
+    @torch.no_grad()
+    def fit_linear_decoder(self, batches: Iterable[torch.Tensor], ridge: float = 1e-4) -> Self:
+        """Fit the linear path anew to what the decoder really gets: quantized latents, neighbours within its kernel.
+
+        It becomes the ridge regression to what the convolutional decoder, left as it is, lacks of the pixels, in one
+        pass over pictures. Call it after `fit`, where `linear_kernel_size` is above 1 or the latents are quantized.
+        Sums and processes are as in `fit`.
+
+        Args:
+            batches: An iterable of `(B, 3, H, W)` pixels in [-1, 1]; sizes may differ between batches.
+            ridge: Penalty of the regression, relative to the regressors' variance.
+
+        Returns:
+            The model.
+
+        Raises:
+            ValueError: If a batch is not of that form, or there are fewer tokens than regressors.
+        """
+        size, channels = self.config.linear_kernel_size, self.linear_decoder.in_channels
+        moments = StreamingMoments(channels * size**2, 3 * self.patch_size**2)
+        for pixels in self._pixel_batches(batches):
+            latents = self.latents_affine.denormalize(self._decoded_latents(pixels))
+            inputs = self.decoder_input.normalize(latents).to(self.dtype)
+            padded = F.pad(self._linear_inputs(inputs).float(), (size // 2,) * 4, mode="replicate")
+            regressors = F.unfold(padded, size).unflatten(2, inputs.shape[2:])  # (B, C k^2, h, w)
+            missing = F.pixel_unshuffle(pixels.float() - self.decoder(inputs).float(), self.patch_size)
+            moments.update(channels_last_rows(regressors), channels_last_rows(missing))
+        moments.all_reduce()
+        if moments.count <= channels * size**2:
+            raise ValueError(f"fit saw {moments.count} tokens; more than {channels * size**2} are needed.")
+        weight, bias = moments.ridge(alpha=ridge)
+        _set_linear(self.linear_decoder, weight, bias)
+        return self
+
+    def _decoded_latents(self, pixels: torch.Tensor) -> torch.Tensor:
+        """The latents that `forward` decodes."""
+        return self.encode(pixels).latent
+
     def _measure(self, batches: Iterable[torch.Tensor]) -> tuple[StreamingMoments, StreamingMoments]:
         """The moments of deep and shallow features; of those that the linear path reads, with the patches."""
         targets = 3 * self.patch_size**2
@@ -226,8 +281,21 @@ class AutoencoderDINOTok(TokenizerModel):
 
 
 def _set_linear(layer: nn.Conv2d, weight: torch.Tensor, bias: torch.Tensor) -> None:
-    """Set a 1x1 convolution to `rows @ weight + bias`."""
+    """Set a convolution to `rows @ weight + bias`: of its whole window, or of the centre where weights are fewer."""
     if layer.bias is None:
         raise ValueError("The layer has no bias.")
-    layer.weight.copy_(weight.T[:, :, None, None])
+    size = layer.kernel_size[0] if len(weight) == layer.weight[0].numel() else 1
+    kernel = weight.T.unflatten(1, (layer.in_channels, size, size))
+    layer.weight.copy_(pad_kernel(kernel, layer.kernel_size[0]))
     layer.bias.copy_(bias)
+
+
+def pad_kernel(kernel: torch.Tensor, size: int) -> torch.Tensor:
+    """Surround the kernel of a convolution, `(out, in, k, k)`, with zeros, to `(out, in, size, size)`.
+
+    Raises:
+        ValueError: If it is larger than that.
+    """
+    if kernel.shape[-1] > size:
+        raise ValueError(f"A kernel of {kernel.shape[-1]} does not fit into one of {size}.")
+    return F.pad(kernel, ((size - kernel.shape[-1]) // 2,) * 4)

@@ -9,7 +9,7 @@ from diffusers.models.modeling_utils import ModelMixin  # noqa: F401  diffusers 
 from diffusers.utils.accelerate_utils import apply_forward_hook
 
 from ..statistics import StreamingMoments
-from .autoencoder_dinotok import AutoencoderDINOTok
+from .autoencoder_dinotok import AutoencoderDINOTok, pad_kernel
 from .discrete import DiscreteTokenizerModel
 from .quantizers import (
     DominantSubspaceQuantizer,
@@ -31,7 +31,7 @@ class VQModelDINOTok(DiscreteTokenizerModel, AutoencoderDINOTok):  # type: ignor
 
     `fit` finds the dominant subspace and both codebooks, in one pass over pictures: the subspace is the PCA of all
     features seen, the codebooks are k-means centres of a uniform sample of them. The rest of the model, which comes
-    from an autoencoder, stays.
+    from an autoencoder, stays; `fit_linear_decoder` then fits its linear path to the codes.
 
     Args:
         encoder_config: As in `AutoencoderDINOTok`, and so are all arguments that are not listed here.
@@ -74,6 +74,7 @@ class VQModelDINOTok(DiscreteTokenizerModel, AutoencoderDINOTok):  # type: ignor
         shallow_layer: int = 0,
         texture_channels: int = 64,
         deep_layers: int = 1,
+        linear_kernel_size: int = 1,
         block_out_channels: tuple[int, ...] = (128, 128, 256, 256, 512),
         layers_per_block: int = 2,
         norm_num_groups: int = 32,
@@ -96,6 +97,7 @@ class VQModelDINOTok(DiscreteTokenizerModel, AutoencoderDINOTok):  # type: ignor
             shallow_layer=shallow_layer,
             texture_channels=texture_channels,
             deep_layers=deep_layers,
+            linear_kernel_size=linear_kernel_size,
             block_out_channels=block_out_channels,
             layers_per_block=layers_per_block,
             norm_num_groups=norm_num_groups,
@@ -126,7 +128,8 @@ class VQModelDINOTok(DiscreteTokenizerModel, AutoencoderDINOTok):  # type: ignor
 
         Args:
             autoencoder: Its weights are copied.
-            **config: `semantic_codebook_size`, `texture_codebook_size`, `rank`, ...: what this class adds.
+            **config: `semantic_codebook_size`, `texture_codebook_size`, `rank`, ...: what this class adds. A larger
+                `linear_kernel_size` than the autoencoder's starts with zeros around it.
 
         Returns:
             A tokenizer whose codebooks are still to be found, by `fit`.
@@ -134,7 +137,10 @@ class VQModelDINOTok(DiscreteTokenizerModel, AutoencoderDINOTok):  # type: ignor
         shared = {key: value for key, value in autoencoder.config.items() if not key.startswith("_")}
         model = cls(**{**shared, **config})
         model.to(autoencoder.device)
-        report = model.load_state_dict(autoencoder.state_dict(), strict=False)
+        weights = dict(autoencoder.state_dict())
+        size = model.config.linear_kernel_size
+        weights["linear_decoder.weight"] = pad_kernel(weights["linear_decoder.weight"], size)
+        report = model.load_state_dict(weights, strict=False)
         missing = [key for key in report.missing_keys if "_quantizer." not in key]
         if missing or report.unexpected_keys:
             raise ValueError(f"The autoencoder does not fit: {(missing + report.unexpected_keys)[0]!r}.")
@@ -257,6 +263,9 @@ class VQModelDINOTok(DiscreteTokenizerModel, AutoencoderDINOTok):  # type: ignor
         if self.has_texture_codebook:
             self.texture_quantizer.fit(sample[:, channels:], generator, num_iterations)
             broadcast_state(self.texture_quantizer)
+
+    def _decoded_latents(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.quantize(self.encode(pixels).latent).latents
 
     def _measured_rows(self, latents: torch.Tensor, moments: StreamingMoments) -> torch.Tensor:
         """What both quantizers see, `(B * h * w, D)`; what the semantic one sees goes into the moments."""
