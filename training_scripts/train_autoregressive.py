@@ -66,7 +66,8 @@ class AutoregressiveOptions:
             and grid of a configuration are replaced by those of the data.
         dataset: Folder of `cache_tokens.py`, or a labelled data set of pictures.
         output_dir: Of the run.
-        tokenizer: Folder or Hub repository; needed for pictures and for samples.
+        tokenizer: Folder or Hub repository; needed for pictures and for samples. A configuration whose `code_dims`
+            are the widths of its codes starts from their vectors.
         validation_dataset: As `dataset`; not trained on. None by default.
         resolution: Side of the square crops of pictures, in pixels.
         batch_size: Rows per process and step.
@@ -191,7 +192,7 @@ def main(options: AutoregressiveOptions) -> ModelMixin:
     if options.validation_dataset:
         validation = TokenSource(options.validation_dataset, options, accelerator, tokenizer, training=False)
 
-    transformer = build_transformer(options, source)
+    transformer = build_transformer(options, source, tokenizer)
     objective = TokenObjective(transformer).to(accelerator.device).train()
     matrices = [p for p in trainable(objective) if p.ndim > 1]
     others = [p for p in trainable(objective) if p.ndim <= 1]

@@ -15,6 +15,7 @@ import dinotok
 
 from .configs import config_path
 from .data import PictureLoader, PictureTransform, load_pictures, to_pixels
+from .models.discrete import DiscreteTokenizerModel
 from .models.transformer_random_autoregressive import (
     RandomAutoregressiveTransformer2DModel,
     random_share_at,
@@ -101,8 +102,13 @@ class TokenSource:
         return indices, batch["labels"].to(device)
 
 
-def build_transformer(options: AutoregressiveOptions, source: TokenSource) -> ModelMixin:
-    """Build the model for the data, or load one that fits it; freeze it and add adapters for LoRA."""
+def build_transformer(
+    options: AutoregressiveOptions, source: TokenSource, tokenizer: DiscreteTokenizerModel | None = None
+) -> ModelMixin:
+    """Build the model for the data, or load one that fits it; freeze it and add adapters for LoRA.
+
+    A new model whose code vectors are as wide as the tokenizer's begins with those.
+    """
     data = {
         "codebook_sizes": source.codebook_sizes,
         "num_classes": len(source.label_names),
@@ -117,6 +123,8 @@ def build_transformer(options: AutoregressiveOptions, source: TokenSource) -> Mo
     else:
         config = read_json(options.model if options.model.endswith(".json") else config_path(options.model))
         model = getattr(dinotok, config["_class_name"]).from_config({**config, **data})
+        if tokenizer is not None:
+            start_from_codes(model, tokenizer)
     if options.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     if options.lora_rank:
@@ -124,6 +132,30 @@ def build_transformer(options: AutoregressiveOptions, source: TokenSource) -> Mo
         modules = [name for name in LORA_MODULES if any(key.endswith(f".{name}") for key, _ in model.named_modules())]
         model.add_adapter(LoraConfig(r=options.lora_rank, lora_alpha=options.lora_rank, target_modules=modules))
     return model
+
+
+@torch.no_grad()
+def start_from_codes(model: ModelMixin, tokenizer: DiscreteTokenizerModel) -> bool:
+    """Set the code vectors of a new model to those of the tokenizer, where they have the same widths.
+
+    Similar codes are then similar to the model before it has seen any: what counts when data is little. The vectors of
+    a codebook are centred and divided by one number, so that their mean square is 1.
+
+    Args:
+        model: An autoregressive transformer; changed in place.
+        tokenizer: With codes of any kind.
+
+    Returns:
+        Whether the widths were the same.
+    """
+    embeddings = getattr(model, "code_embeddings", None)
+    vectors = list(tokenizer.code_vectors.values())
+    if embeddings is None or [table.weight.shape for table in embeddings] != [table.shape for table in vectors]:
+        return False
+    for embedding, codes in zip(embeddings, vectors, strict=True):
+        centred = codes.float() - codes.float().mean(0)
+        embedding.weight.copy_(centred / centred.square().mean().sqrt().clamp(min=1e-6))
+    return True
 
 
 def conditions(

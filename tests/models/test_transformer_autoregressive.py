@@ -1,5 +1,7 @@
 """The autoregressive transformer: cached decoding, causality, the factorisation of a position's indices."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -65,6 +67,31 @@ def test_a_start_with_indices_goes_on_as_if_they_had_come_singly(books, depth):
         expected = model(tokens[:, step : step + 1], cache=single).logits[0]
     model(tokens[:, :3], labels, cache=chunks)
     torch.testing.assert_close(model(tokens[:, 3:7], cache=chunks).logits[0], expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("books", "depth"), [("one", 0), ("two", 2), ("two", 0)])
+@torch.no_grad()
+def test_tied_codes_are_scored_by_their_vectors(books, depth, tmp_path):
+    """Equal vectors get equal scores, decoding agrees with whole grids, and a saved model is the same one."""
+    model = tiny_transformer(books, depth, tie_codes=True, code_dims=[6] * len(BOOKS[books]))
+    indices, labels = random_indices(model)
+    for book in model.code_embeddings:
+        book.weight[3] = book.weight[4]
+    whole = [logits.flatten(1, 2) for logits in model(indices, labels).logits]
+    assert all(torch.equal(logits[..., 3], logits[..., 4]) for logits in whole)
+    assert not any(torch.equal(logits[..., 4], logits[..., 5]) for logits in whole)
+    cache = model.allocate_cache(2)
+    logits = model(class_labels=labels, cache=cache).logits[0]
+    for step in range(flat(indices).shape[1] - 1):
+        position, book = divmod(step, len(whole))
+        torch.testing.assert_close(logits, whole[book][:, position], atol=1e-5, rtol=0)
+        logits = model(flat(indices)[:, step : step + 1], cache=cache).logits[0]
+    names = [name for name, parameter in model.named_parameters() if len(parameter) in BOOKS[books]]
+    assert names == [f"code_embeddings.{k}.weight" for k in range(len(BOOKS[books]))]
+    model.save_pretrained(tmp_path)
+    loaded = AutoregressiveTransformer2DModel.from_pretrained(tmp_path)
+    for ours, theirs in zip(copy.deepcopy(loaded)(indices, labels).logits, whole, strict=True):
+        assert torch.equal(ours.flatten(1, 2), theirs)
 
 
 @torch.no_grad()
@@ -139,8 +166,10 @@ def test_the_class_token_has_zero_queries_and_keys():
     assert (cos[1:] ** 2 + sin[1:] ** 2 - 1).abs().max() < 1e-6
 
 
-def test_an_untrained_model_guesses_uniformly():
-    model = AutoregressiveTransformer2DModel(codebook_sizes=[11, 7], head_depth=1, hidden_size=48, num_layers=1)
+@pytest.mark.parametrize("tie_codes", [False, True])
+def test_an_untrained_model_guesses_uniformly(tie_codes):
+    sizes = {"codebook_sizes": [11, 7], "head_depth": 1, "hidden_size": 48, "num_layers": 1}
+    model = AutoregressiveTransformer2DModel(**sizes, tie_codes=tie_codes)
     indices, labels = random_indices(model)
     for logits in model(indices, labels).logits:
         torch.testing.assert_close(logits.softmax(-1), torch.full_like(logits, 1 / logits.shape[-1]))

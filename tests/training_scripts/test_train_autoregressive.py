@@ -6,10 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from datasets import load_dataset
 from safetensors.torch import load_file
 
 from dinotok import AutoregressiveTransformer2DModel, RandomAutoregressiveTransformer2DModel
+from dinotok.autoregressive_training import TokenSource, build_transformer
+from dinotok.hub import load_tokenizer
 from dinotok.pipelines.class_conditional_autoregressive import DINOTokARPipeline
 from dinotok.token_caches import TokenLoader, open_token_cache
 from tests.tiny_tokenizers import save_picture, tiny_discrete_tokenizer
@@ -148,6 +151,24 @@ def test_training_learns_the_tokens(folder, tmp_path):
         for k, book in enumerate(logits)
     ]
     assert max(losses) < 0.7 * torch.log(torch.tensor(16.0)), losses
+
+
+@torch.no_grad()
+def test_a_new_model_of_the_right_widths_starts_from_the_code_vectors(folder, tmp_path):
+    """Distances between its code vectors are those of the tokenizer's, up to one factor for each codebook."""
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    widths = [vectors.shape[1] for vectors in tokenizer.code_vectors.values()]
+    for code_dims, equal in ((widths, True), ([4, 4], False)):
+        (tmp_path / "model.json").write_text(
+            json.dumps({"_class_name": "AutoregressiveTransformer2DModel", "code_dims": code_dims, **SIZES})
+        )
+        options = train_options(folder, tmp_path, model=str(tmp_path / "model.json"))
+        source = TokenSource(options.dataset, options, Accelerator(), tokenizer, training=True)
+        model = build_transformer(options, source, tokenizer)
+        for embedding, codes in zip(model.code_embeddings, tokenizer.code_vectors.values(), strict=True):
+            ratio = torch.pdist(embedding.weight) / torch.pdist(codes)
+            assert bool(ratio.std() < 1e-4 * ratio.mean()) == equal
+            assert not equal or embedding.weight.square().mean().item() == pytest.approx(1, rel=1e-4)
 
 
 def test_pictures_are_tokenized_on_the_way(folder, tmp_path):

@@ -51,6 +51,11 @@ class DiscreteTokenizerModel(TokenizerModel):
         """Codes of every codebook by name, in the order of the indices."""
         raise NotImplementedError
 
+    @property
+    def code_vectors(self) -> dict[str, torch.Tensor]:
+        """The vectors `(codes, width)` of every codebook by name, in the space where it compares them."""
+        raise NotImplementedError
+
     def quantize(self, latents: torch.Tensor) -> QuantizerOutput:
         """Replace latents by codes; see `DiscreteTokenizer`."""
         raise NotImplementedError

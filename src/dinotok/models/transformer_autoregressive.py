@@ -79,6 +79,42 @@ class AutoregressiveBlock(nn.Module):
         return hidden + self.dropout(self.feed_forward(self.feed_forward_norm(hidden)))
 
 
+class TiedEmbedding(nn.Module):
+    """The vectors of a codebook that belong to another module, brought to another width.
+
+    Args:
+        table: The codebook's embedding; it is not part of this module's weights.
+        width: Of the result.
+    """
+
+    def __init__(self, table: nn.Embedding, width: int):
+        super().__init__()
+        self.projection = nn.Linear(table.embedding_dim, width, bias=False)
+        self._table = (table,)
+
+    def forward(self, indices: torch.Tensor) -> torch.Tensor:
+        """Map `(...)` indices to `(..., width)`."""
+        return self.projection(self._table[0](indices))
+
+
+class TiedOutput(nn.Module):
+    """Scores of codes: inner products with the vectors of a codebook that belong to another module.
+
+    Args:
+        width: Of the states.
+        table: The codebook's embedding; it is not part of this module's weights.
+    """
+
+    def __init__(self, width: int, table: nn.Embedding):
+        super().__init__()
+        self.projection = nn.Linear(width, table.embedding_dim, bias=False)
+        self._table = (table,)
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """Map `(..., width)` to `(..., codes)`."""
+        return F.linear(self.projection(states), self._table[0].weight)
+
+
 class IndexHead(nn.Module):
     """Predicts the indices of a position, each given those before it in the order of the codebooks.
 
@@ -90,6 +126,7 @@ class IndexHead(nn.Module):
         hidden_size: Width.
         intermediate_size: As in `AutoregressiveBlock`, and so are `num_heads`, `dropout` and `norm_eps`.
         depth: Blocks.
+        tables: Embeddings to tie the codebooks' vectors and scores to; the head has its own without.
     """
 
     def __init__(
@@ -101,18 +138,25 @@ class IndexHead(nn.Module):
         depth: int,
         dropout: float,
         norm_eps: float,
+        tables: Sequence[nn.Embedding] = (),
     ):
         super().__init__()
         self.embeddings = nn.ModuleList()
         self.norm: nn.Module = nn.Identity()
         if depth:
-            self.embeddings.extend(nn.Embedding(size, hidden_size) for size in codebook_sizes[:-1])
+            if tables:
+                self.embeddings.extend(TiedEmbedding(table, hidden_size) for table in tables[:-1])
+            else:
+                self.embeddings.extend(nn.Embedding(size, hidden_size) for size in codebook_sizes[:-1])
             self.positions = nn.Parameter(torch.zeros(len(codebook_sizes), hidden_size))
             self.norm = nn.RMSNorm(hidden_size, eps=norm_eps)
         self.blocks = nn.ModuleList(
             AutoregressiveBlock(hidden_size, intermediate_size, num_heads, dropout, norm_eps) for _ in range(depth)
         )
-        self.outputs = nn.ModuleList(nn.Linear(hidden_size, size, bias=False) for size in codebook_sizes)
+        self.outputs = nn.ModuleList(
+            [TiedOutput(hidden_size, table) for table in tables]
+            or [nn.Linear(hidden_size, size, bias=False) for size in codebook_sizes]
+        )
 
     def forward(self, hidden: torch.Tensor, indices: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Score the indices of whole positions.
@@ -182,6 +226,8 @@ class AutoregressiveTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin
         head_depth: Blocks of the head; 0 predicts the indices of a position independently of each other.
         code_dims: Widths of the code vectors, which an MLP projects to the body's width. By default one codebook has
             vectors of the body's width and no projection, and several share that width equally.
+        tie_codes: Score codes by their vectors, projected, in place of separate output weights. With narrow
+            `code_dims` this saves most of a small model's weights.
         dropout: In training, of tokens, attention outputs and feed-forward outputs.
         norm_eps: Of the RMSNorms.
         rope_theta: Base of the rotary wave lengths.
@@ -208,6 +254,7 @@ class AutoregressiveTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin
         intermediate_size: int = 2048,
         head_depth: int = 0,
         code_dims: Sequence[int] | None = None,
+        tie_codes: bool = False,
         dropout: float = 0.1,
         norm_eps: float = 1e-5,
         rope_theta: float = 10000.0,
@@ -225,9 +272,8 @@ class AutoregressiveTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin
         if len(widths) != len(codebook_sizes):
             raise ValueError(f"code_dims={widths} does not have a width for each of {len(codebook_sizes)} codebooks.")
         self.class_embedding = nn.Embedding(num_classes + 1, hidden_size)
-        self.code_embeddings = nn.ModuleList(
-            nn.Embedding(size, width) for size, width in zip(codebook_sizes, widths, strict=True)
-        )
+        tables = [nn.Embedding(size, width) for size, width in zip(codebook_sizes, widths, strict=True)]
+        self.code_embeddings = nn.ModuleList(tables)
         self.code_projection: nn.Module = nn.Identity()
         if code_dims is not None:
             self.code_projection = nn.Sequential(
@@ -243,7 +289,14 @@ class AutoregressiveTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin
         )
         self.norm = nn.RMSNorm(hidden_size, eps=norm_eps)
         self.head = IndexHead(
-            codebook_sizes, hidden_size, intermediate_size, num_attention_heads, head_depth, dropout, norm_eps
+            codebook_sizes,
+            hidden_size,
+            intermediate_size,
+            num_attention_heads,
+            head_depth,
+            dropout,
+            norm_eps,
+            tables if tie_codes else (),
         )
         self.gradient_checkpointing = False
         self._initialize_weights()

@@ -158,6 +158,14 @@ class VQModelDINOTok(DiscreteTokenizerModel, AutoencoderDINOTok):  # type: ignor
         sizes = {"semantic": self.semantic_quantizer.codebook_size}
         return {**sizes, "texture": self.texture_quantizer.codebook_size} if self.has_texture_codebook else sizes
 
+    @property
+    def code_vectors(self) -> dict[str, torch.Tensor]:
+        """The vectors `(codes, width)` of every codebook by name: subspace coordinates, and texture channels."""
+        vectors = [self.semantic_quantizer.codebook]
+        if self.has_texture_codebook:
+            vectors.append(self.texture_quantizer.codebook)
+        return dict(zip(self.codebook_sizes, vectors, strict=True))
+
     @apply_forward_hook
     def quantize(self, latents: torch.Tensor) -> QuantizerOutput:
         """Replace normalised latents by codes.

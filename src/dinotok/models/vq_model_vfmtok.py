@@ -144,6 +144,11 @@ class VQModelVFMTok(DiscreteTokenizerModel, RegionTokenizerModel):
         """The one codebook's size, by its name."""
         return {"region": self.quantizer.codebook_size}
 
+    @property
+    def code_vectors(self) -> dict[str, torch.Tensor]:
+        """The vectors `(codes, codebook_dim)` of the codebook."""
+        return {"region": self.quantizer.codebook}
+
     @apply_forward_hook
     def quantize(self, latents: torch.Tensor) -> QuantizerOutput:
         """Replace latents by the codes of nearest direction.
