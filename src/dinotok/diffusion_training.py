@@ -129,17 +129,50 @@ class Draws(NamedTuple):
 
 
 class DenoisingObjective(nn.Module):
-    """The denoiser and its loss: the mean squared error of the velocity (arXiv 2209.03003, eq. 1), in float32."""
+    """The denoiser and its loss: the mean squared error of the velocity (arXiv 2209.03003, eq. 1), in float32.
 
-    def __init__(self, transformer: DiffusionTransformer2DModel):
+    Args:
+        transformer: The denoiser.
+        channel_weights: `(C,)`, of the channels' errors; 1 by default. Whatever they are, the minimum of the loss is at
+            the same velocity; they say what a small denoiser learns first.
+    """
+
+    def __init__(self, transformer: DiffusionTransformer2DModel, channel_weights: torch.Tensor | None = None):
         super().__init__()
         self.transformer = transformer
+        weights = torch.ones(1) if channel_weights is None else channel_weights.float()
+        self.register_buffer("channel_weights", weights[:, None, None], persistent=False)
 
     def forward(self, latents: torch.Tensor, draws: Draws) -> torch.Tensor:
         """Return the loss of each row of latents `(B, C, h, w)`, `(B,)`."""
         noisy = interpolate(latents, draws.noise, draws.times)
         velocity = self.transformer(noisy, draws.times, draws.labels).sample.float()
-        return (velocity - velocity_target(latents, draws.noise)).square().mean(dim=(1, 2, 3))
+        errors = (velocity - velocity_target(latents, draws.noise)).square() * self.channel_weights
+        return errors.mean(dim=(1, 2, 3))
+
+
+@torch.no_grad()
+def channel_weights(tokenizer: TokenizerModel, latents: torch.Tensor) -> torch.Tensor:
+    """How much every channel of the latents moves the decoded pixels.
+
+    Args:
+        tokenizer: Decodes latents.
+        latents: `(B, C, h, w)`: where it is measured.
+
+    Returns:
+        `(C,)` with mean 1, in proportion to the root mean square change of the pixels when the channel is raised by 1
+        at the central position. Channels of the decoder that do nothing have weight 0.
+    """
+    row, column = latents.shape[2] // 2, latents.shape[3] // 2
+    latents = latents.to(tokenizer.dtype)
+    decoded = tokenizer.decode(latents).sample
+    changes = []
+    for channel in range(latents.shape[1]):
+        moved = latents.clone()
+        moved[:, channel, row, column] += 1
+        changes.append((tokenizer.decode(moved).sample - decoded).float().square().mean().sqrt())
+    weights = torch.stack(changes)
+    return weights / weights.mean()
 
 
 def time_shift(options: DiffusionOptions, shape: tuple[int, ...]) -> float:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from dinotok import DiffusionTransformer2DModel, DINOTokDiTPipeline
 from dinotok.data import PictureTransform, to_pixels
-from dinotok.diffusion_training import DenoisingObjective, Draws, make_draws
+from dinotok.diffusion_training import DenoisingObjective, Draws, channel_weights, make_draws
 from dinotok.flow_matching import dimension_shift, interpolate, shift_time
 from dinotok.hub import load_tokenizer
 from dinotok.latent_caches import open_latent_cache
@@ -254,6 +254,35 @@ def test_the_loss_is_that_of_the_velocity(folder):
     velocity = model(interpolate(latents, noise, draws.times), draws.times, draws.labels).sample
     expected = (velocity - (noise - latents)).square().mean(dim=(1, 2, 3))
     torch.testing.assert_close(DenoisingObjective(model)(latents, draws), expected)
+
+
+def test_channels_are_weighted_by_what_they_do_to_pixels(folder, tmp_path):
+    """The weights are those of the decoder's Jacobian; a channel that the decoder ignores has none."""
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    with torch.no_grad():
+        tokenizer.decoder.conv_out.weight.zero_()
+        tokenizer.linear_decoder.weight[:, 3] = 0
+        tokenizer.linear_decoder.weight[:, 5] = 2 * tokenizer.linear_decoder.weight[:, 4]
+    latents = torch.randn(2, 40, 3, 2)
+    weights = channel_weights(tokenizer, latents)
+    norms = (
+        tokenizer.linear_decoder.weight.detach()[:, :, 0, 0].norm(dim=0) / tokenizer.decoder_input.std[0, 32:, 0, 0]
+    )
+    norms = norms * tokenizer.latents_std[32:]
+    assert weights[:32].abs().max() == 0 and weights[35] == 0
+    torch.testing.assert_close(weights[32:], (norms / norms.sum() * 40).float(), rtol=1e-3, atol=1e-4)
+
+    model = DiffusionTransformer2DModel(**{**MODEL, "in_channels": 40, "num_classes": 2})
+    draws = Draws(torch.tensor([0, 1]), torch.tensor([0.3, 0.8]), torch.randn(2, 40, 3, 2))
+    plain = DenoisingObjective(model)
+    parts = [DenoisingObjective(model, weights * (torch.arange(40) == c))(latents, draws) for c in range(40)]
+    torch.testing.assert_close(sum(parts), DenoisingObjective(model, weights)(latents, draws))
+    torch.testing.assert_close(DenoisingObjective(model, torch.ones(40))(latents, draws), plain(latents, draws))
+
+    run = train_diffusion.main(options(folder, tmp_path / "run", channel_weighting="decoder"))
+    assert torch.isfinite(torch.cat([parameter.flatten() for parameter in run.parameters()])).all()
+    with pytest.raises(ValueError, match="needs a --tokenizer"):
+        train_diffusion.main(options(folder, tmp_path / "no", channel_weighting="decoder", tokenizer=None))
 
 
 def test_there_are_fewer_than_25_options():
