@@ -28,10 +28,9 @@ from tqdm import tqdm
 
 from dinotok import DiffusionTransformer2DModel
 from dinotok.diffusion_training import (
-    DenoisingObjective,
     LatentSource,
+    build_objective,
     build_transformer,
-    channel_weights,
     evaluate,
     make_draws,
     save,
@@ -50,7 +49,7 @@ from dinotok.training import (
     training_record,
 )
 
-MAX_GRADIENT_NORM, LOGGING_STEPS, WEIGHTING_PICTURES = 1.0, 20, 4
+MAX_GRADIENT_NORM, LOGGING_STEPS = 1.0, 20
 
 
 @dataclass(frozen=True)
@@ -74,8 +73,8 @@ class DiffusionOptions:
         class_dropout: Share of samples whose class is the null class.
         time_distribution: uniform or logit_normal.
         time_shift: Of training and sampling times towards noise; by default the one for the size of the latents.
-        channel_weighting: none, or decoder: weigh the error of every channel of the latents by how much the
-            tokenizer's decoder lets it move pixels. The minimum stays; small denoisers draw sharper edges sooner.
+        channel_weighting: none, or decoder: half of the weight of the channels' errors goes to those that move pixels
+            most. The minimum of the loss stays; what a small denoiser learns first changes.
         lora_rank: Train adapters of that rank instead of the weights; 0 trains the weights.
         mixed_precision: no or bf16; the loss is in float32 either way.
         ema_decay: Of the averaged weights, which are what is validated, sampled and saved.
@@ -125,12 +124,7 @@ def main(options: DiffusionOptions) -> DiffusionTransformer2DModel:
         validation = LatentSource(options.validation_dataset, options, accelerator, tokenizer, training=False)
 
     transformer = build_transformer(options, source)
-    weights = None
-    if options.channel_weighting == "decoder":
-        if tokenizer is None:
-            raise ValueError("--channel_weighting decoder needs a --tokenizer.")
-        weights = channel_weights(tokenizer, next(source.once())[0][:WEIGHTING_PICTURES])
-    objective = DenoisingObjective(transformer, weights).to(accelerator.device).train()
+    objective = build_objective(options, transformer, tokenizer, source).to(accelerator.device).train()
     optimizer = torch.optim.AdamW(trainable(objective), options.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
     scheduler = get_scheduler(
         options.lr_scheduler,

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Generator, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -27,6 +27,7 @@ from .pipelines.class_conditional_diffusion import DINOTokDiTPipeline  # type: i
 from .training import RECORD_NAME, read_json, write_json
 
 SHEET_CLASSES, SHEET_SEEDS, SHEET_STEPS = 10, 4, 25
+WEIGHTING_PICTURES = 4
 LORA_MODULES = ["to_q", "to_k", "to_v", "to_out.0", "gate_up", "down"]
 
 
@@ -40,6 +41,7 @@ class DiffusionOptions(Protocol):
     class_dropout: float
     time_distribution: Any
     time_shift: float | None
+    channel_weighting: Literal["none", "decoder"]
     lora_rank: int
     num_workers: int
     seed: int
@@ -133,8 +135,8 @@ class DenoisingObjective(nn.Module):
 
     Args:
         transformer: The denoiser.
-        channel_weights: `(C,)`, of the channels' errors; 1 by default. Whatever they are, the minimum of the loss is at
-            the same velocity; they say what a small denoiser learns first.
+        channel_weights: `(C,)`, of the channels' errors; 1 by default. Whatever they are, the same velocity has the
+            least loss; they say what a small denoiser learns first.
     """
 
     def __init__(self, transformer: DiffusionTransformer2DModel, channel_weights: torch.Tensor | None = None):
@@ -153,15 +155,17 @@ class DenoisingObjective(nn.Module):
 
 @torch.no_grad()
 def channel_weights(tokenizer: TokenizerModel, latents: torch.Tensor) -> torch.Tensor:
-    """How much every channel of the latents moves the decoded pixels.
+    """Weights of the channels' errors: half of it all in equal shares, half by how much a channel moves the pixels.
+
+    The equal shares are for channels that mean something and move few pixels, as the deep part of DINO-Tok's latents.
 
     Args:
         tokenizer: Decodes latents.
         latents: `(B, C, h, w)`: where it is measured.
 
     Returns:
-        `(C,)` with mean 1, in proportion to the root mean square change of the pixels when the channel is raised by 1
-        at the central position. Channels of the decoder that do nothing have weight 0.
+        `(C,)` with mean 1: the mean of 1 and of a number in proportion to the root mean square change of the pixels
+        when the channel is raised by 1 at the central position.
     """
     row, column = latents.shape[2] // 2, latents.shape[3] // 2
     latents = latents.to(tokenizer.dtype)
@@ -172,7 +176,25 @@ def channel_weights(tokenizer: TokenizerModel, latents: torch.Tensor) -> torch.T
         moved[:, channel, row, column] += 1
         changes.append((tokenizer.decode(moved).sample - decoded).float().square().mean().sqrt())
     weights = torch.stack(changes)
-    return weights / weights.mean()
+    return 0.5 + 0.5 * weights / weights.mean()
+
+
+def build_objective(
+    options: DiffusionOptions,
+    transformer: DiffusionTransformer2DModel,
+    tokenizer: TokenizerModel | None,
+    source: LatentSource,
+) -> DenoisingObjective:
+    """Put the loss of a run around its denoiser.
+
+    Raises:
+        ValueError: If channels are to be weighted by a decoder and there is none.
+    """
+    if options.channel_weighting == "none":
+        return DenoisingObjective(transformer)
+    if tokenizer is None:
+        raise ValueError(f"channel_weighting={options.channel_weighting!r} needs a --tokenizer.")
+    return DenoisingObjective(transformer, channel_weights(tokenizer, next(source.once())[0][:WEIGHTING_PICTURES]))
 
 
 def time_shift(options: DiffusionOptions, shape: tuple[int, ...]) -> float:
