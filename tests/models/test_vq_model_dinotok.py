@@ -19,6 +19,7 @@ SIZES = {"semantic_codebook_size": 24, "texture_codebook_size": 16, "rank": 8}
 VARIANTS = {
     "two codebooks": ({}, {}),
     "no texture codebook": ({}, {"texture_codebook_size": 0}),
+    "first texture channels": ({}, {"texture_rank": 3}),
     "joint codebook": ({}, {"joint_codebook": True}),
     "deep features only": ({"texture_channels": 0}, {}),
     "cosine": ({}, {"cosine": True}),
@@ -119,6 +120,21 @@ def test_texture_off_decodes_the_mean_texture():
     output = model.quantize(model.encode(random_pixels(2, 3, 48, 64, seed=7)).latent)
     torch.testing.assert_close(output.latents[:, 32:], torch.zeros(2, 8, 3, 4))
     assert output.latents[:, :32].std() > 0.3
+
+
+def test_texture_beyond_its_rank_is_at_its_mean():
+    model = build("first texture channels")
+    pixels = random_pixels(2, 3, 48, 80)
+    latents = model.encode(pixels).latent
+    texture = model.latents_affine.denormalize(model.quantize(latents).latents)[:, 32:]
+    mean = model.latents_mean[32:, None, None]
+    torch.testing.assert_close(texture[:, 3:], mean[3:].expand_as(texture[:, 3:]), atol=1e-5, rtol=1e-5)
+    assert model.texture_quantizer.codebook.shape == (16, 3)
+    changed = latents.clone()
+    changed[:, 35:] += 1
+    assert torch.equal(model.quantize(changed).indices, model.quantize(latents).indices)
+    with pytest.raises(ValueError, match="texture_rank=9 must lie between 1 and 8"):
+        VQModelDINOTok.from_autoencoder(fitted_autoencoder(), **SIZES, texture_rank=9)
 
 
 def test_tiled_indices_are_those_of_the_blended_latents():

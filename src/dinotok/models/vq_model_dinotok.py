@@ -42,6 +42,8 @@ class VQModelDINOTok(DiscreteTokenizerModel, AutoencoderDINOTok):  # type: ignor
             subspace is that of the normalised latents, since the parts have different units; so `fit` it again when
             the latents' statistics change.
         rank: Dimensions of the dominant subspace; `None` for all.
+        texture_rank: How many of the texture channels are quantized: the first, since `AutoencoderDINOTok.fit` orders
+            them by what they explain of the pixels. The decoder sees the mean of the others. `None` for all.
         eigenvalue_power: See `DominantSubspaceQuantizer`.
         cosine: Compare directions in the dominant subspace instead of distances.
         commitment_weight: Of the commitment loss.
@@ -64,6 +66,7 @@ class VQModelDINOTok(DiscreteTokenizerModel, AutoencoderDINOTok):  # type: ignor
         texture_codebook_size: int = 16384,
         joint_codebook: bool = False,
         rank: int | None = 64,
+        texture_rank: int | None = None,
         eigenvalue_power: float = 0.0,
         cosine: bool = False,
         commitment_weight: float = 0.25,
@@ -118,8 +121,11 @@ class VQModelDINOTok(DiscreteTokenizerModel, AutoencoderDINOTok):  # type: ignor
         self.semantic_quantizer = DominantSubspaceQuantizer(
             channels, semantic_codebook_size, rank, eigenvalue_power, cosine, ema_decay
         )
+        self.texture_rank = texture_channels if texture_rank is None else texture_rank
         if self.has_texture_codebook:
-            self.texture_quantizer = VectorQuantizer(texture_codebook_size, texture_channels, commitment_weight)
+            if not 1 <= self.texture_rank <= texture_channels:
+                raise ValueError(f"texture_rank={texture_rank} must lie between 1 and {texture_channels}.")
+            self.texture_quantizer = VectorQuantizer(texture_codebook_size, self.texture_rank, commitment_weight)
         self.num_codebooks = 1 + self.has_texture_codebook
 
     @classmethod
@@ -189,7 +195,7 @@ class VQModelDINOTok(DiscreteTokenizerModel, AutoencoderDINOTok):  # type: ignor
             indices, loss = semantic.indices[:, None], self.config.commitment_weight * semantic.loss
             quantized = straight_through(latents, self._join(semantic.latents, None))
             return QuantizerOutput(quantized, indices, loss, commitment_loss=semantic.loss)
-        fine = self.texture_quantizer(texture)
+        fine = self.texture_quantizer(texture[:, : self.texture_rank])
         indices = torch.stack([semantic.indices, fine.indices], 1)
         quantized = straight_through(latents, self._join(semantic.latents, fine.latents))
         return QuantizerOutput(quantized, indices, fine.loss, fine.codebook_loss, fine.commitment_loss)
@@ -225,7 +231,7 @@ class VQModelDINOTok(DiscreteTokenizerModel, AutoencoderDINOTok):  # type: ignor
         deep, texture = self._parts(latents)
         distances = [self.semantic_quantizer.code_distances(deep, indices[:, 0])]
         if self.has_texture_codebook:
-            distances.append(self.texture_quantizer.code_distances(texture, indices[:, 1]))
+            distances.append(self.texture_quantizer.code_distances(texture[:, : self.texture_rank], indices[:, 1]))
         return torch.stack(distances, 1)
 
     def update_codebook(self, latents: torch.Tensor) -> int:
@@ -247,12 +253,15 @@ class VQModelDINOTok(DiscreteTokenizerModel, AutoencoderDINOTok):  # type: ignor
         return features[:, : self.deep_channels], features[:, self.deep_channels :]
 
     def _join(self, semantic: torch.Tensor, texture: torch.Tensor | None) -> torch.Tensor:
-        """The inverse of `_parts`: latents in the model's dtype and one memory format, so that they decode equally."""
+        """The inverse of `_parts`: latents in the model's dtype and one memory format, so that they decode equally.
+
+        Channels that have no code are at their mean.
+        """
         if not self.joint_codebook:
-            if texture is None:
-                mean = self.latents_mean[self.deep_channels :, None, None]
-                texture = mean.expand(semantic.shape[0], -1, *semantic.shape[2:])
-            semantic = self.latents_affine.normalize(torch.cat([semantic, texture], 1))
+            given = [semantic] if texture is None else [semantic, texture]
+            mean = self.latents_mean[sum(part.shape[1] for part in given) :, None, None]
+            rest = mean.expand(semantic.shape[0], -1, *semantic.shape[2:])
+            semantic = self.latents_affine.normalize(torch.cat([*given, rest], 1))
         return semantic.to(self.dtype).contiguous()
 
     # ------------------------------------------------------------------------------------------- closed-form start
@@ -269,7 +278,7 @@ class VQModelDINOTok(DiscreteTokenizerModel, AutoencoderDINOTok):  # type: ignor
         self.semantic_quantizer.fit(sample[:, :channels], generator, num_iterations)
         broadcast_state(self.semantic_quantizer)
         if self.has_texture_codebook:
-            self.texture_quantizer.fit(sample[:, channels:], generator, num_iterations)
+            self.texture_quantizer.fit(sample[:, channels : channels + self.texture_rank], generator, num_iterations)
             broadcast_state(self.texture_quantizer)
 
     def _decoded_latents(self, pixels: torch.Tensor) -> torch.Tensor:
