@@ -58,5 +58,7 @@ def test_every_difference_counts_but_where_things_lie(tmp_path, description):
 
 def test_classes_without_names_are_numbered_and_pictures_without_labels_refused():
     assert label_names(Dataset.from_dict({"label": [0, 2]})) == ["0", "1", "2"]
+    named = Dataset.from_dict({"label": [2, 0, 2], "class_name": ["tench", "church", "tench"]})
+    assert label_names(named) == ["church", "1", "tench"]
     with pytest.raises(ValueError, match="no column 'label'"):
         label_names(Dataset.from_dict({"image": [0]}))

@@ -67,7 +67,7 @@ def load_pictures(
 
 
 def label_names(dataset: Any) -> list[str]:
-    """Return the names of a data set's classes, numbers where they have none.
+    """Return the names of a data set's classes: of its label feature, or of a column `class_name`, else numbers.
 
     Raises:
         ValueError: If it has no labels.
@@ -75,7 +75,11 @@ def label_names(dataset: Any) -> list[str]:
     if "label" not in dataset.column_names:
         raise ValueError("The data set has no column 'label', and the generator is class-conditional.")
     names = getattr(dataset.features["label"], "names", None)
-    return list(names) if names else [str(label) for label in range(max(dataset["label"]) + 1)]
+    if names:
+        return list(names)
+    labels = dataset["label"]
+    found = dict(zip(labels, dataset["class_name"], strict=True)) if "class_name" in dataset.column_names else {}
+    return [str(found.get(label, label)) for label in range(max(labels) + 1)]
 
 
 def _load_repository(name: str, split: str, streaming: bool, revision: str | None, token: str | None) -> Any:
