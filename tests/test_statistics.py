@@ -256,6 +256,26 @@ def test_a_better_start_gives_a_better_end():
     assert sum(ends[True]) < 0.7 * sum(ends[False])
 
 
+def test_kmeans_of_many_distances_begins_on_a_part_and_ends_on_all(monkeypatch):
+    vectors, seen = torch.randn(400, 3, generator=generator()), []
+
+    def watched(rows: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
+        seen.append(len(rows))
+        return nearest(rows, centres)
+
+    whole = squared_error(vectors, kmeans(vectors, 20, watched, generator(1), 12))
+    assert set(seen) == {400}
+    seen.clear()
+    monkeypatch.setattr("dinotok.statistics._MANY_DISTANCES", 8000)
+    centres = kmeans(vectors, 20, watched, generator(1), 12)
+    assert set(seen) == {160, 400} and seen == sorted(seen)
+    assert seen.count(160) <= 9 and seen.count(400) <= 3
+    assert squared_error(vectors, centres) < 1.05 * whole
+    seen.clear()
+    kmeans(vectors[:319], 20, watched, generator(1), 2)  # a part would be more than half
+    assert seen == [319] * 2
+
+
 def test_kmeans_needs_as_many_rows_as_clusters():
     for plus_plus in (False, True):
         assert len(kmeans(torch.randn(5, 2), 5, nearest, generator(), plus_plus=plus_plus).unique(dim=0)) == 5

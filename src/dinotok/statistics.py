@@ -11,6 +11,7 @@ import torch
 import torch.distributed
 
 _CHUNK = 2**16  # rows that are copied to float64 at a time
+_MANY_DISTANCES, _PART_OF_ROWS = 2**34, 8  # see kmeans
 
 
 @dataclass
@@ -314,6 +315,9 @@ def kmeans(
     A cluster that loses all its rows is moved to one of the rows that are worst represented, drawn in proportion to
     their squared error, so no centre is wasted while there are distinct rows left.
 
+    Where there are 2^34 distances and more, the first three quarters of the iterations see 8 random rows per cluster:
+    early on, centres move so far that a part shows them the way as well, in a fraction of the time.
+
     Args:
         rows: `(N, D)` float, N at least `num_clusters`.
         num_clusters: K.
@@ -336,13 +340,28 @@ def kmeans(
         centres = _plus_plus(rows, num_clusters, generator)
     else:
         centres = rows[torch.randperm(len(rows), generator=generator)[:num_clusters].to(rows.device)]
+    on_part = 0
+    if len(rows) * num_clusters >= _MANY_DISTANCES and len(rows) >= 2 * _PART_OF_ROWS * num_clusters:
+        on_part = 3 * num_iterations // 4
+        part = torch.randperm(len(rows), generator=generator)[: _PART_OF_ROWS * num_clusters].to(rows.device)
+        centres = _lloyd(rows[part], centres, nearest, generator, on_part)
+    return _lloyd(rows, centres, nearest, generator, num_iterations - on_part)
+
+
+def _lloyd(
+    rows: torch.Tensor,
+    centres: torch.Tensor,
+    nearest: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    generator: torch.Generator,
+    num_iterations: int,
+) -> torch.Tensor:
     previous = None
     for _ in range(num_iterations):
         indices = nearest(rows, centres)
         if previous is not None and torch.equal(indices, previous):
             break
         previous = indices
-        counts, sums = cluster_sums(rows, indices, num_clusters)
+        counts, sums = cluster_sums(rows, indices, len(centres))
         centres = (sums / counts.clamp(min=1)[:, None]).float().to(rows.device)
         empty = (counts == 0).nonzero()[:, 0].to(rows.device)
         if len(empty):
