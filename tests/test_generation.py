@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from dinotok import bundled
 from dinotok.cli import app
 from dinotok.generate_cli import SHORT_NAMES
-from dinotok.generation import BUNDLED_TOKENIZER, draw_pictures, find_pipeline, load_pipeline
+from dinotok.generation import BUNDLED_TOKENIZER, draw_pictures, find_pipeline, load_pipeline, pipeline_class
 from dinotok.hub import folder_digest
 from tests.tiny_pipelines import save_tiny_pipelines, tiny_ar_pipeline, tiny_dit_pipeline
 
@@ -142,7 +142,8 @@ def package(tmp_path, monkeypatch):
         built[kind].save_pretrained(folder)
         shutil.move(folder / component, models / f"tokenizer-{component}")
         index = json.loads((folder / "model_index.json").read_text())
-        (folder / "model_index.json").write_text(json.dumps({**index, BUNDLED_TOKENIZER: f"tokenizer-{component}"}))
+        index |= {component: [None, None], BUNDLED_TOKENIZER: f"tokenizer-{component}"}
+        (folder / "model_index.json").write_text(json.dumps(index))
     monkeypatch.setattr(bundled, "_FOLDER", models)
     monkeypatch.chdir(tmp_path)
     return models
@@ -151,6 +152,8 @@ def package(tmp_path, monkeypatch):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_pipeline_of_the_package_stands_on_the_tokenizer_of_the_package(package, folders, kind, tmp_path):
     assert len(bundled.bundled_models()) == 4
+    with pytest.raises(ValueError, match="Pipeline .* expected"):
+        pipeline_class(find_pipeline(SHORT_NAMES[kind]).class_name).from_pretrained(package / SHORT_NAMES[kind])
     for folder in (SHORT_NAMES[kind], "tokenizer-vae", "tokenizer-vqvae"):
         (tmp_path / folder).mkdir()  # a folder of the user's goes first for what they name, not for the tokenizer
     with pytest.raises(FileNotFoundError, match="has no model_index.json"):
@@ -158,7 +161,8 @@ def test_a_pipeline_of_the_package_stands_on_the_tokenizer_of_the_package(packag
     (tmp_path / SHORT_NAMES[kind]).rmdir()
     few = ["--steps", 2] if kind == "diffusion" else []
     for name, model in (("thin", kind), ("whole", folders[kind])):
-        generate("--class-label", 1, "--output", tmp_path / name, "--model", model, "--num-images", 1, *few)
+        result = generate("--class-label", 1, "--output", tmp_path / name, "--model", model, "--num-images", 1, *few)
+        assert "non-standard module" not in result.stderr
     thin, whole = (pictures_in(tmp_path / name)["001-church-0.png"] for name in ("thin", "whole"))
     assert np.array_equal(thin, whole)
     reports = [report_of(tmp_path / name) for name in ("thin", "whole")]

@@ -120,6 +120,7 @@ def pack_pipeline(source: Path, target: Path) -> None:
     tokenizer = TOKENIZER_COMPONENTS[class_name]
     index = read_config(source / INDEX, str(source), "pipeline")
     index |= {"_class_name": class_name, BUNDLED_TOKENIZER: find_bundled_tokenizer(source / tokenizer)}
+    index[tokenizer] = [None, None]  # as diffusers writes a component that is not there
     for name in sorted(index.keys() - {tokenizer}):
         if (source / name / "config.json").is_file():
             pack_model(source / name, target / name)
