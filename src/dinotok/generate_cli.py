@@ -38,7 +38,9 @@ def generate(
         typer.Option(help="diffusion or autoregressive, of the package; or folder or Hub repository of a pipeline."),
     ] = "diffusion",
     num_images: Annotated[int, typer.Option(min=1, help="Pictures of each class.")] = 4,
-    seed: Annotated[int, typer.Option(min=0, help="Of the first picture of each class; the next has the next.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**62, help="Of the first picture of each class; the next has the next.")
+    ] = 0,
     steps: Annotated[int | None, typer.Option(min=1, help="Of the solver. Diffusion only.")] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="1 is no guidance.")] = None,
     guidance_interval: Annotated[
