@@ -22,7 +22,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -146,10 +146,11 @@ def measure(pipeline, tokenizer, judge: Judge, reference: Reference, count: int,
     classes = pipeline.transformer.config.num_classes
     ids, seconds = [index % classes for index in range(count)], {"transformer": 0.0, "tokenizer": 0.0}
     start = time.process_time()
-    with (
-        timed(pipeline.transformer, "forward", seconds, "transformer"),
-        timed(tokenizer, "decode", seconds, "tokenizer"),
-    ):
+    with ExitStack() as stack:
+        stack.enter_context(timed(pipeline.transformer, "forward", seconds, "transformer"))
+        for method in ("decode", "indices_to_latents"):
+            if hasattr(tokenizer, method):
+                stack.enter_context(timed(tokenizer, method, seconds, "tokenizer"))
         drawn = tqdm(draw_pictures(pipeline, ids, range(count), BATCH, options), label, count, mininterval=30)
         arrays = [np.asarray(picture) for picture in drawn]
     total = time.process_time() - start
