@@ -4,7 +4,7 @@ Part of dinotok (Apache-2.0). `save_pretrained` puts this file beside the weight
 `pip install dinotok`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from math import prod
 
 import diffusers.pipelines
@@ -46,7 +46,7 @@ class DINOTokARPipeline(PipelineCodeMixin, DiffusionPipeline):
         self,
         transformer: AutoregressiveTransformer2DModel | RandomAutoregressiveTransformer2DModel,
         vqvae: DiscreteTokenizer,
-        id2label: Mapping[int, str] | None = None,
+        id2label: dict[int, str] | dict[str, str] | None = None,
     ):
         super().__init__()
         self.register_modules(transformer=transformer, vqvae=vqvae)

@@ -7,8 +7,19 @@ _FOLDER = Path(__file__).parent / "assets" / "models"
 
 
 def bundled_models() -> list[str]:
-    """Return the names of the models that come with the package."""
+    """Return the names of the models that come with the package, pipelines included."""
     return sorted(path.name for path in _FOLDER.iterdir() if path.is_dir()) if _FOLDER.is_dir() else []
+
+
+def bundled_folder(name: str) -> Path:
+    """Return the folder of a bundled model, whatever else may have its name.
+
+    Raises:
+        ValueError: If there is no such model in the package.
+    """
+    if name not in bundled_models():
+        raise ValueError(f"{name!r} is not among the models of the package: {', '.join(bundled_models())}.")
+    return _FOLDER / name
 
 
 def resolve_bundled(name_or_path: str | os.PathLike[str]) -> str:

@@ -2,16 +2,16 @@
 
 import math
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .command_line import BatchSize, Device, Dtype, ModelDtype, Output, Revision, check_device, one_line, user_errors
 from .convert.cli import convert_app
+from .generate_cli import generate
 
 # torch, diffusers and what imports them wait until a command runs: `dinotok --help` is quick.
 if TYPE_CHECKING:
@@ -28,17 +28,10 @@ app = typer.Typer(
 )
 
 app.add_typer(convert_app, name="convert")
+app.command()(generate)
 
-SOME_FAILED, NOTHING_DONE = 1, 2
+SOME_FAILED = 1
 _MAX_TABLE_ROWS = 20
-
-
-class Dtype(StrEnum):
-    """Names of torch dtypes, as options."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
 
 
 @dataclass(frozen=True)
@@ -103,8 +96,8 @@ class Failures:
         """Report a file on stderr, without breaking a progress bar."""
         from tqdm import tqdm
 
-        self.entries.append({"file": name, "reason": _one_line(error)})
-        tqdm.write(f"skipped {name}: {_one_line(error)}", file=sys.stderr)
+        self.entries.append({"file": name, "reason": one_line(error)})
+        tqdm.write(f"skipped {name}: {one_line(error)}", file=sys.stderr)
 
     def finish(self, done: int, what: str) -> None:
         """End the command with the status that says whether all, some or none of the files worked."""
@@ -121,11 +114,6 @@ Pictures = Annotated[
 ImageColumn = Annotated[str, typer.Option(help="Where parquet files have their pictures.")]
 Model = Annotated[str, typer.Option(help="Folder or Hub repository of a tokenizer.")]
 Encoder = Annotated[str | None, typer.Option(help="Folder or repository of the encoder, for a model saved without.")]
-Output = Annotated[Path, typer.Option(help="Folder for the results; made if it is missing.")]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the Hub repository.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Pictures of one size that go through the model together.")]
-Device = Annotated[str | None, typer.Option(help="Such as cuda:1; by default cuda if there is a GPU, else cpu.")]
-ModelDtype = Annotated[Dtype, typer.Option(help="Precision of the model.")]
 Tiling = Annotated[bool, typer.Option("--tiling", help="Run large pictures tile by tile, in bounded memory.")]
 TileSize = Annotated[int | None, typer.Option(min=1, help="Side of a tile in pixels; implies --tiling.")]
 TileOverlap = Annotated[int | None, typer.Option(min=0, help="What tiles share, in pixels; implies --tiling.")]
@@ -340,54 +328,9 @@ def codebook(
         failures.finish(study.num_pictures, "pictures")
 
 
-@contextmanager
-def user_errors() -> Iterator[None]:
-    """Turn an error that a user can mend into one line on stderr and exit status 2."""
-    try:
-        yield
-    except (ValueError, OSError, MemoryError, ImportError) as error:
-        _fail(error)
-    except RuntimeError as error:
-        if "out of memory" not in str(error):
-            raise
-        _fail(MemoryError(f"{error} Try a smaller --batch-size, --tiling or --dtype bfloat16."))
-
-
-def check_device(name: str | None) -> str:
-    """Choose a device, or check the one that was asked for.
-
-    Args:
-        name: Such as `cpu` or `cuda:1`; None to choose.
-
-    Returns:
-        Its name.
-
-    Raises:
-        ValueError: If torch has no such device.
-    """
-    import torch
-
-    if name is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(1, device=torch.device(name)).cpu()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"device={name!r} cannot be used here: {_one_line(error)}") from error
-    return name
-
-
 def main() -> None:
     """Run the command line."""
     app(prog_name="dinotok")
-
-
-def _fail(error: BaseException) -> None:
-    typer.echo(f"error: {_one_line(error)}", err=True)
-    raise typer.Exit(NOTHING_DONE) from error
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _report_header(source: "TokenizerFiles") -> dict[str, Any]:

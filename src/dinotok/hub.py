@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,8 +87,8 @@ def find_tokenizer(name_or_path: str, revision: str | None = None) -> TokenizerF
     local = os.path.isdir(path)
     if local and revision is not None:
         raise ValueError(f"revision={revision!r} is for repositories of the Hub; {name_or_path!r} is a folder.")
-    folder = Path(path) if local else _download(name_or_path, revision)
-    config = _read_config(folder, name_or_path)
+    folder = Path(path) if local else download(name_or_path, revision, _FILES)
+    config = read_config(folder / "config.json", name_or_path, "tokenizer")
     class_name = config.get("_class_name")
     if class_name not in tokenizer_classes():
         known = ", ".join(sorted(tokenizer_classes()))
@@ -145,7 +146,9 @@ def folder_digest(folder: str | os.PathLike[str]) -> str:
     weights = sorted(path for pattern in _WEIGHTS for path in folder.glob(pattern))
     if not weights:
         raise FileNotFoundError(f"{str(folder)!r} has no {_WEIGHTS[0]}.")
-    config = {key: value for key, value in _read_config(folder, str(folder)).items() if key[0] != "_"}
+    config = {
+        key: value for key, value in read_config(folder / "config.json", str(folder), "model").items() if key[0] != "_"
+    }
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for path in weights:
         with path.open("rb") as file:
@@ -153,25 +156,46 @@ def folder_digest(folder: str | os.PathLike[str]) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
-def _read_config(folder: Path, name: str) -> dict[str, Any]:
+def read_config(path: Path, name: str, kind: str) -> dict[str, Any]:
+    """Read a JSON file that describes a model.
+
+    Args:
+        path: Of the file.
+        name: What the user called the model, for errors.
+        kind: What the model should be, for errors.
+
+    Raises:
+        OSError: If it cannot be read.
+        ValueError: If it is not JSON, or no dictionary.
+    """
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise FileNotFoundError(f"{name!r} has no config.json, so it is not a tokenizer.") from None
+        raise FileNotFoundError(f"{name!r} has no {path.name}, so it is not a {kind}.") from None
     except ValueError as error:
-        raise ValueError(f"The config.json of {name!r} is not valid JSON: {error}.") from error
+        raise ValueError(f"The {path.name} of {name!r} is not valid JSON: {error}.") from error
     if not isinstance(config, dict):
-        raise ValueError(f"The config.json of {name!r} holds a {type(config).__name__}, not a dictionary.")
+        raise ValueError(f"The {path.name} of {name!r} holds a {type(config).__name__}, not a dictionary.")
     return config
 
 
-def _download(name: str, revision: str | None) -> Path:
+def download(name: str, revision: str | None, patterns: Sequence[str]) -> Path:
+    """Return the folder of a repository's files, fetched if they are not in the cache.
+
+    Args:
+        name: Such as `user/tokenizer`.
+        revision: Branch, tag or commit.
+        patterns: Which files.
+
+    Raises:
+        OSError: If there is no such repository, or it cannot be reached.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
     where = f"{name!r}" + (f" at revision {revision!r}" if revision else "")
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(_FILES)))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
     except HFValidationError as error:
         raise FileNotFoundError(f"{name!r} is neither a folder nor the name of a repository (owner/name).") from error
     except OSError as error:  # not found, gated, offline and not in the cache, ...

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..command_line import user_errors
+
 if TYPE_CHECKING:
     from .checkpoint import ConversionReport
 
@@ -32,8 +34,6 @@ def vfmtok(
     attention_heads: AttentionHeads = 8,
 ) -> None:
     """Convert vfmtok-tokenizer.pt (discrete) to a VQModelVFMTok."""
-    from ..cli import user_errors
-
     with user_errors():
         from .vfmtok import convert_vfmtok
 
@@ -60,8 +60,6 @@ def vfmae(
     attention_heads: AttentionHeads = 8,
 ) -> None:
     """Convert vfmae-tokenizer.pt (continuous) to an AutoencoderVFMTok."""
-    from ..cli import user_errors
-
     with user_errors():
         from .vfmtok import convert_vfmae
 
@@ -86,8 +84,6 @@ def dit_dh(
     head_attention_heads: Annotated[int | None, typer.Option(min=1, help="Heads of the wide head, likewise.")] = None,
 ) -> None:
     """Convert a denoiser of RAE or VFMAE (DiT-DH, LightningDiT) to a DiffusionTransformer2DModel."""
-    from ..cli import user_errors
-
     with user_errors():
         from .dit_dh import convert_dit_dh
 
@@ -106,8 +102,6 @@ def gpt(
     ] = None,
 ) -> None:
     """Convert a GPT of VFMTok or LlamaGen to an AutoregressiveTransformer2DModel."""
-    from ..cli import user_errors
-
     with user_errors():
         from .checkpoint import save_converted
         from .gpt import convert_gpt
@@ -119,8 +113,6 @@ def gpt(
 @convert_app.command()
 def rar(checkpoint: Checkpoint, output: Folder) -> None:
     """Convert a random-order transformer of VFMTok-RAR to a RandomAutoregressiveTransformer2DModel."""
-    from ..cli import user_errors
-
     with user_errors():
         from .checkpoint import save_converted
         from .rar import convert_rar
