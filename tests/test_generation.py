@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from dinotok import bundled
 from dinotok.cli import app
-from dinotok.generate_cli import SHORT_NAMES
+from dinotok.generate_cli import PRESETS, SHORT_NAMES
 from dinotok.generation import BUNDLED_TOKENIZER, draw_pictures, find_pipeline, load_pipeline, pipeline_class
 from dinotok.hub import folder_digest
 from tests.tiny_pipelines import save_tiny_pipelines, tiny_ar_pipeline, tiny_dit_pipeline
@@ -117,6 +117,12 @@ def test_what_a_user_can_mend_is_one_line(folders, kind, arguments, message, tmp
     assert not (tmp_path / "out").exists()
 
 
+def test_a_short_name_without_its_pipeline_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(bundled, "_FOLDER", tmp_path)
+    result = generate("--class-label", "church", "--model", "autoregressive", "--output", tmp_path / "out", status=2)
+    assert "error: This version of the package has no dinotok-tiny-ar" in result.stderr
+
+
 def test_what_is_no_pipeline_is_said(folders, tmp_path):
     tokenizer = folders["diffusion"] / "vae"
     with pytest.raises(FileNotFoundError, match="has no model_index.json, so it is not a pipeline"):
@@ -159,12 +165,17 @@ def test_a_pipeline_of_the_package_stands_on_the_tokenizer_of_the_package(packag
     with pytest.raises(FileNotFoundError, match="has no model_index.json"):
         find_pipeline(SHORT_NAMES[kind])
     (tmp_path / SHORT_NAMES[kind]).rmdir()
-    few = ["--steps", 2] if kind == "diffusion" else []
+    few = ["--steps", 2, "--guidance-scale", 1.5] if kind == "diffusion" else []
     for name, model in (("thin", kind), ("whole", folders[kind])):
         result = generate("--class-label", 1, "--output", tmp_path / name, "--model", model, "--num-images", 1, *few)
         assert "non-standard module" not in result.stderr and "Expected types" not in result.stderr
     thin, whole = (pictures_in(tmp_path / name)["001-church-0.png"] for name in ("thin", "whole"))
     assert np.array_equal(thin, whole)
+    generate("--class-label", 1, "--output", tmp_path / "preset", "--model", kind, "--num-images", 1, *few[:2])
+    settings = report_of(tmp_path / "preset")["settings"]
+    expected = PRESETS.get(kind, {}) | ({"num_inference_steps": 2} if kind == "diffusion" else {})
+    assert {name: settings[name] for name in expected} == expected
+    assert settings["guidance_scale"] == (3.0 if kind == "diffusion" else 1.0)
     reports = [report_of(tmp_path / name) for name in ("thin", "whole")]
     assert reports[0]["model_digest"] == reports[1]["model_digest"] == reports[0]["model_revision"]
     assert reports[0]["tokenizer"].startswith("tokenizer-") and reports[1]["tokenizer"] is None

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from .generation import PipelineFiles
 
 SHORT_NAMES = {"diffusion": "dinotok-tiny-dit", "autoregressive": "dinotok-tiny-ar"}
+# What the small pipelines of the package draw best with; options that are given come first.
+PRESETS: dict[str, dict[str, Any]] = {"diffusion": {"num_inference_steps": 25, "guidance_scale": 3.0}}
 REPORT_NAME = "generation.json"
 _FLAGS = {
     "num_inference_steps": "--steps",
@@ -77,8 +79,8 @@ def generate(
         from .pipeline_helpers import class_ids
 
         check_output(output)
-        files = find_pipeline(SHORT_NAMES.get(model, model), revision)
-        options = check_options(files, options)
+        files = find_pipeline(pipeline_name(model), revision)
+        options = PRESETS.get(model, {}) | check_options(files, options)
         start = time.perf_counter()
         pipeline = files.load(getattr(torch, dtype.value)).to(check_device(device))
         pipeline.set_progress_bar_config(leave=False)
@@ -107,6 +109,20 @@ def generate(
         seconds = {"loading": loaded - start, "drawing": time.perf_counter() - loaded}
         write_generation_report(output / REPORT_NAME, files, settings, seconds, rows)
         typer.echo(f"{output}: {len(rows)} pictures in {seconds['drawing']:.1f} s")
+
+
+def pipeline_name(model: str) -> str:
+    """Return the name behind a short one, or another name as it is.
+
+    Raises:
+        ValueError: If it is a short name, and the package does not have that pipeline.
+    """
+    from .bundled import bundled_models
+
+    name = SHORT_NAMES.get(model, model)
+    if model in SHORT_NAMES and name not in bundled_models():
+        raise ValueError(f"This version of the package has no {name}: give --model the folder of a pipeline.")
+    return name
 
 
 def check_options(files: "PipelineFiles", options: Mapping[str, Any]) -> dict[str, Any]:
