@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .convert.cli import convert_app
+from .evaluation.cli import evaluate_app
 
 # torch, diffusers and what imports them wait until a command runs: `dinotok --help` is quick.
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ app = typer.Typer(
 )
 
 app.add_typer(convert_app, name="convert")
+app.add_typer(evaluate_app, name="evaluate")
 
 SOME_FAILED, NOTHING_DONE = 1, 2
 _MAX_TABLE_ROWS = 20
