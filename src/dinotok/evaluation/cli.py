@@ -25,6 +25,7 @@ ExtractorName = Annotated[
     str,
     typer.Option(help="Weights of inception-768 (.safetensors), encoder:NAME for FD-NAME, or inception-2048."),
 ]
+OptionalExtractor = Annotated[str | None, typer.Option(help="As for statistics; without, no Fréchet distance.")]
 Resolution = Annotated[int, typer.Option(min=1, help="Pixels a side, to which pictures are cropped in the centre.")]
 AllowFew = Annotated[
     bool, typer.Option("--allow-few-pictures", help="Measure Fréchet distances of too few pictures, with a warning.")
@@ -57,7 +58,7 @@ def statistics(
     with _evaluation() as (rank, world_size):
         from ..cli import check_device
         from .extractors import load_extractor
-        from .passes import MeasuredRows, wait_for_all
+        from .passes import remove_parts, wait_for_all
         from .reference import make_statistics
 
         pictures = _load(dataset, split)
@@ -78,10 +79,91 @@ def statistics(
         if rank == 0:
             made.recipe.update(dataset=dataset, split=split)
             made.save(output)
-            MeasuredRows(sorted(parts.glob("*.safetensors"))).remove()
+            remove_parts(parts)
             if "warning" in made.recipe:
                 typer.echo(f"warning: {made.recipe['warning']}.", err=True)
             typer.echo(f"{output}: {network.metric} statistics of {made.count} pictures, {made.digest()}")
+
+
+@evaluate_app.command()
+def reconstruction(
+    model: Annotated[str, typer.Option(help="Folder or Hub repository of a tokenizer.")],
+    dataset: DatasetName,
+    output: Annotated[Path, typer.Option(help="Folder for evaluation.json and model-index.md.")],
+    resolution: Resolution = 256,
+    split: Split = "validation",
+    lpips: Annotated[list[Path] | None, typer.Option(help="Weights of an LPIPS network; once for each.")] = None,
+    extractor: OptionalExtractor = None,
+    statistics_file: Annotated[
+        Path | None,
+        typer.Option("--statistics", help="Reference to compare with; by default the originals, cropped alike."),
+    ] = None,
+    allow_few_pictures: AllowFew = False,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the model's repository.")] = None,
+    encoder: Annotated[str | None, typer.Option(help="Encoder of a model saved without.")] = None,
+    batch_size: BatchSize = 8,
+    num_workers: Workers = 0,
+    shard_size: ShardSize = 512,
+    max_skipped_share: SkippedShare = 0.0,
+    device: Device = None,
+) -> None:
+    """Encode and decode a data set: PSNR, SSIM, LPIPS, Fréchet distances and the use of codebooks."""
+    with _evaluation() as (rank, world_size):
+        from ..cli import Dtype, RunSettings
+        from ..hub import find_tokenizer
+        from ..lpips import LPIPS
+        from .extractors import file_digest, load_extractor
+        from .feature_statistics import FeatureStatistics
+        from .passes import remove_parts, wait_for_all
+        from .reconstruction import evaluate_reconstruction
+        from .reports import SSIM, environment, print_evaluation, write_evaluation, write_model_index
+
+        source = find_tokenizer(model, revision)
+        settings = RunSettings(batch_size, device, Dtype.float32, False, None, None, encoder)
+        tokenizer = settings.load(source)
+        where = tokenizer.device
+        network = load_extractor(extractor, str(where)) if extractor else None
+        reference = FeatureStatistics.load(statistics_file) if statistics_file else None
+        weights = {str(path): file_digest(path) for path in lpips or ()}
+        identity = {"digest": source.digest, "lpips": weights, "device": where.type, "batch_size": batch_size}
+        parts = output / "parts"
+        result = evaluate_reconstruction(
+            tokenizer,
+            _load(dataset, split),
+            resolution,
+            parts,
+            _options(batch_size, num_workers, shard_size, max_skipped_share),
+            lpips=[LPIPS.from_file(path).to(where) for path in lpips or ()],
+            extractor=network,
+            statistics=reference,
+            identity=identity,
+            allow_few_pictures=allow_few_pictures,
+            rank=rank,
+            world_size=world_size,
+        )
+        wait_for_all()  # before the partial results go
+        if rank == 0:
+            report = {
+                "task": "reconstruction",
+                "model": source.name,
+                "model_revision": source.revision,
+                "model_digest": source.digest,
+                "class_name": source.class_name,
+                "dataset": dataset,
+                "split": split,
+                **result,
+                "settings": settings.describe(tokenizer) | {"processes": world_size},
+                "ssim": SSIM,
+                "lpips": weights,
+                "extractor": network.describe() if network else None,
+                "reference": reference.digest() if reference else "the originals, after the same crop",
+                "environment": environment(),
+            }
+            write_evaluation(report, output)
+            write_model_index(report, output, "image-to-image", "Image reconstruction")
+            remove_parts(parts)
+            print_evaluation(report)
+            typer.echo(f"Written to {output}")
 
 
 @contextmanager

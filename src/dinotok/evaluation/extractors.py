@@ -1,5 +1,6 @@
 """What looks at pictures for FID and its relatives: any network that gives one vector per picture."""
 
+import hashlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -101,6 +102,16 @@ def from_module(network: nn.Module, name: str | None = None, metric: str | None 
     name = name or type(network).__name__
     weights = f"sha256:{weights_digest(network.state_dict())}"
     return Extractor(name, metric or f"FD-{name}", network, {"weights": weights, **settings})
+
+
+def file_digest(path: str | os.PathLike[str]) -> str:
+    """Return `sha256:` and the digest of a file.
+
+    Raises:
+        OSError: If it cannot be read.
+    """
+    with open(path, "rb") as file:
+        return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
 
 
 def load_extractor(name: str, device: str = "cpu") -> Extractor:

@@ -81,12 +81,6 @@ class MeasuredRows:
         digests = [bytes(row) for rows in self.batches(_DIGEST) for row in rows.numpy()]
         return {"digest": f"sha256:{hashlib.sha256(b''.join(digests)).hexdigest()}", "distinct": len(set(digests))}
 
-    def remove(self) -> None:
-        """Delete the files."""
-        for path in self.paths:
-            path.unlink(missing_ok=True)
-        self.paths[0].parent.rmdir()
-
 
 @contextmanager
 def process_group() -> Iterator[tuple[int, int]]:
@@ -108,6 +102,13 @@ def wait_for_all() -> None:
     """Wait until all processes have come here."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()
+
+
+def remove_parts(folder: Path) -> None:
+    """Delete the partial results of a finished pass."""
+    for path in folder.glob("*.safetensors"):
+        path.unlink()
+    folder.rmdir()
 
 
 def measure_pictures(
