@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -164,6 +164,105 @@ def reconstruction(
             remove_parts(parts)
             print_evaluation(report)
             typer.echo(f"Written to {output}")
+
+
+@evaluate_app.command()
+def generation(
+    statistics_file: Annotated[Path, typer.Option("--statistics", help="Reference of `dinotok evaluate statistics`.")],
+    extractor: ExtractorName,
+    output: Annotated[Path, typer.Option(help="Folder for evaluation.json and model-index.md.")],
+    model: Annotated[str | None, typer.Option(help="Folder or repository of a pipeline, to draw samples.")] = None,
+    images: Annotated[str | None, typer.Option(help="Folder of samples, lossless.")] = None,
+    samples: Annotated[
+        Path | None, typer.Option(help="Samples in a .npz file, as guided-diffusion packs them.")
+    ] = None,
+    num_images: Annotated[int, typer.Option(min=2, help="With --model: samples to draw.")] = 50_000,
+    guidance_scale: Annotated[float, typer.Option(help="With --model.")] = 1.0,
+    num_inference_steps: Annotated[int | None, typer.Option(help="With --model, of diffusion.")] = None,
+    seed: Annotated[int, typer.Option(help="With --model: of the first sample; the next has seed + 1.")] = 0,
+    allow_few_pictures: AllowFew = False,
+    batch_size: BatchSize = 8,
+    num_workers: Workers = 0,
+    shard_size: ShardSize = 512,
+    device: Device = None,
+) -> None:
+    """Compare samples with a reference: Fréchet distance, and KID, precision and recall if it keeps features."""
+    with _evaluation() as (rank, world_size):
+        from ..cli import check_device
+        from .extractors import load_extractor
+        from .feature_statistics import FeatureStatistics
+        from .generation import evaluate_generation
+        from .passes import remove_parts, wait_for_all
+        from .reports import environment, print_evaluation, write_evaluation, write_model_index
+        from .sample_packs import SamplePack
+
+        if sum(source is not None for source in (model, images, samples)) != 1:
+            raise ValueError("Name exactly one of --model, --images and --samples.")
+        where = check_device(device)
+        reference, network = FeatureStatistics.load(statistics_file), load_extractor(extractor, where)
+        sampling = None
+        if model is not None:
+            arguments = {"guidance_scale": guidance_scale}
+            if num_inference_steps is not None:
+                arguments["num_inference_steps"] = num_inference_steps
+            sampling = {"seed": seed, "num_images": num_images, **arguments}
+            samples = output / "samples.npz"
+            if rank == 0:
+                _draw(model, samples, where, batch_size, sampling, reference.recipe["resolution"])
+            wait_for_all()
+        drawn = SamplePack(samples) if samples is not None else _load(str(images), "train")
+        parts = output / "parts"
+        result = evaluate_generation(
+            drawn,
+            network,
+            reference,
+            parts,
+            _options(batch_size, num_workers, shard_size, 0.0),
+            allow_few_pictures=allow_few_pictures,
+            rank=rank,
+            world_size=world_size,
+        )
+        wait_for_all()  # before the partial results go
+        if rank == 0:
+            report = {
+                "task": "generation",
+                "model": model or images or samples,
+                "dataset": reference.recipe.get("dataset"),
+                "split": reference.recipe.get("split"),
+                **result,
+                "sampling": sampling,
+                "extractor": network.describe(),
+                "reference": reference.digest(),
+                "environment": environment(),
+            }
+            write_evaluation(report, output)
+            write_model_index(report, output, "unconditional-image-generation", "Image generation")
+            remove_parts(parts)
+            print_evaluation(report)
+            typer.echo(f"Written to {output}")
+
+
+def _draw(model: str, path: Path, device: str, batch_size: int, sampling: dict[str, Any], resolution: int) -> None:
+    """Write the samples of a pipeline."""
+    import diffusers
+
+    from .. import DINOTokARPipeline, DINOTokDiTPipeline
+    from .generation import generated_batches
+    from .sample_packs import write_sample_pack
+
+    if path.exists():
+        raise ValueError(f"There are samples in {str(path)!r} already: evaluate them by --samples, or delete them.")
+    classes = {"DINOTokARPipeline": DINOTokARPipeline, "DINOTokDiTPipeline": DINOTokDiTPipeline}
+    name = diffusers.DiffusionPipeline.load_config(model)["_class_name"]
+    name = name[-1] if isinstance(name, list) else name
+    if name not in classes:
+        raise ValueError(f"{model!r} holds a {name}, not one of {', '.join(classes)}.")
+    pipeline = classes[name].from_pretrained(model).to(device)
+    pipeline.set_progress_bar_config(disable=True)
+    options = dict(sampling)
+    count, seed = options.pop("num_images"), options.pop("seed")
+    size = {"height": resolution, "width": resolution}
+    write_sample_pack(path, generated_batches(pipeline, count, batch_size, seed, **size, **options), count)
 
 
 @contextmanager

@@ -140,21 +140,57 @@ def measure_pictures(
         ValueError: If the data set is empty, a picture cannot be read, `measure` refuses one, or the folder has
             partial results of another evaluation.
     """
-    if not len(dataset):
-        raise ValueError("The data set has no pictures.")
-    starts = range(0, len(dataset), options.shard_size)
-    key = json.dumps({**identity, "rows": len(dataset), "shard_size": options.shard_size}, sort_keys=True, default=str)
-    paths = [folder / f"{start:010d}.safetensors" for start in starts]
-    mine = [number for number in range(len(starts)) if number % world_size == rank]
     transform = PictureTransform(resolution, crop="center")
-    with tqdm(total=len(dataset) // world_size, unit=" pictures", disable=None if rank == 0 else True) as progress:
-        for number in mine:
-            end = min(starts[number] + options.shard_size, len(dataset))
-            if not _is_done(paths[number], key):
-                part = dataset.select(range(starts[number], end))
-                rows = _measure_part(part, transform, measure, options, progress)
-                with writing(paths[number]) as temporary:
+
+    def read(start: int, stop: int) -> Iterator[dict[str, Any]]:
+        return PictureLoader(
+            dataset.select(range(start, stop)),
+            transform,
+            options.batch_size,
+            num_workers=options.num_workers,
+            max_skipped_share=options.max_skipped_share,
+            shuffle=False,
+        ).once()
+
+    return measure_batches(len(dataset), read, measure, folder, identity, options, rank, world_size)
+
+
+def measure_batches(
+    count: int,
+    read: Callable[[int, int], Iterator[dict[str, Any]]],
+    measure: Callable[[torch.Tensor], Rows],
+    folder: Path,
+    identity: dict[str, Any],
+    options: PassOptions,
+    rank: int = 0,
+    world_size: int = 1,
+) -> MeasuredRows:
+    """Measure pictures from anywhere; otherwise as `measure_pictures`.
+
+    Args:
+        count: Pictures.
+        read: Yields batches of `pixel_values` from a first to before a last picture.
+        measure: As there.
+        folder: As there.
+        identity: As there.
+        options: As there.
+        rank: As there.
+        world_size: As there.
+    """
+    if not count:
+        raise ValueError("The data set has no pictures.")
+    size = options.shard_size
+    key = json.dumps({**identity, "rows": count, "shard_size": size}, sort_keys=True, default=str)
+    starts = range(0, count, size)
+    paths = [folder / f"{start:010d}.safetensors" for start in starts]
+    with tqdm(total=count // world_size, unit=" pictures", disable=None if rank == 0 else True) as progress:
+        for start, path in list(zip(starts, paths, strict=True))[rank::world_size]:
+            stop = min(start + size, count)
+            if not _is_done(path, key):
+                rows = _measure_part(read(start, stop), measure)
+                with writing(path) as temporary:
                     save_file(rows, temporary, {"identity": key})
+            progress.update(stop - start)
     wait_for_all()
     return MeasuredRows(paths)
 
@@ -177,27 +213,16 @@ def _is_done(path: Path, key: str) -> bool:
     return True
 
 
-def _measure_part(
-    part: "Dataset", transform: PictureTransform, measure: Callable, options: PassOptions, progress: tqdm
-) -> Rows:
-    loader = PictureLoader(
-        part,
-        transform,
-        options.batch_size,
-        num_workers=options.num_workers,
-        max_skipped_share=options.max_skipped_share,
-        shuffle=False,
-    )
+def _measure_part(batches: Iterator[dict[str, Any]], measure: Callable[[torch.Tensor], Rows]) -> Rows:
     found: list[Rows] = []
-    for batch in loader.once():
+    for batch in batches:
         images = batch["pixel_values"]
         rows = measure(images)
         if "labels" in batch:
             rows["labels"] = batch["labels"]
         found.append({**rows, _DIGEST: _digests(images)})
-        progress.update(len(images))
     if not found:
-        raise ValueError(f"None of {len(part)} pictures of a shard could be read.")
+        raise ValueError("None of the pictures of a shard could be read.")
     return {name: torch.cat([rows[name] for rows in found]).contiguous() for name in found[0]}
 
 
