@@ -242,6 +242,71 @@ def generation(
             typer.echo(f"Written to {output}")
 
 
+@evaluate_app.command()
+def probe(
+    model: Annotated[str, typer.Option(help="Folder or Hub repository of a tokenizer.")],
+    dataset: DatasetName,
+    validation_dataset: Annotated[str, typer.Option(help="Labelled like --dataset, for the accuracy.")],
+    output: Annotated[Path, typer.Option(help="Folder for evaluation.json and model-index.md.")],
+    resolution: Resolution = 224,
+    split: Split = "train",
+    validation_split: Annotated[str, typer.Option(help="Part of the validation data set.")] = "validation",
+    epochs: Annotated[int, typer.Option(min=1, help="Of the linear probe.")] = 20,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the model's repository.")] = None,
+    encoder: Annotated[str | None, typer.Option(help="Encoder of a model saved without.")] = None,
+    batch_size: BatchSize = 8,
+    num_workers: Workers = 0,
+    shard_size: ShardSize = 512,
+    device: Device = None,
+) -> None:
+    """Measure what latents know of classes: k-NN and linear accuracy of deep, texture, both and quantized ones."""
+    with _evaluation() as (rank, world_size):
+        from ..cli import Dtype, RunSettings
+        from ..hub import find_tokenizer
+        from .passes import remove_parts, wait_for_all
+        from .probe import evaluate_probe
+        from .reports import environment, print_evaluation, write_evaluation, write_model_index
+
+        source = find_tokenizer(model, revision)
+        settings = RunSettings(batch_size, device, Dtype.float32, False, None, None, encoder)
+        tokenizer = settings.load(source)
+        parts = output / "parts"
+        result = evaluate_probe(
+            tokenizer,
+            _load(dataset, split),
+            _load(validation_dataset, validation_split),
+            resolution,
+            parts,
+            _options(batch_size, num_workers, shard_size, 0.0),
+            identity={"digest": source.digest, "device": tokenizer.device.type, "batch_size": batch_size},
+            epochs=epochs,
+            rank=rank,
+            world_size=world_size,
+        )
+        wait_for_all()  # before the partial results go
+        if rank == 0:
+            report = {
+                "task": "probe",
+                "model": source.name,
+                "model_revision": source.revision,
+                "model_digest": source.digest,
+                "dataset": validation_dataset,
+                "split": validation_split,
+                "train_dataset": dataset,
+                "train_split": split,
+                **result,
+                "settings": settings.describe(tokenizer) | {"epochs": epochs, "processes": world_size},
+                "environment": environment(),
+            }
+            write_evaluation(report, output)
+            write_model_index(report, output, "image-classification", "Probes of latents")
+            for name in ("train", "validation"):
+                remove_parts(parts / name)
+            parts.rmdir()
+            print_evaluation(report)
+            typer.echo(f"Written to {output}")
+
+
 def _draw(model: str, path: Path, device: str, batch_size: int, sampling: dict[str, Any], resolution: int) -> None:
     """Write the samples of a pipeline."""
     import diffusers

@@ -98,7 +98,7 @@ def _write_array(file: IO[bytes], batches: Iterable[torch.Tensor], count: int) -
         if shape is None:
             shape = array.shape[1:]
             header = {"descr": "|u1", "fortran_order": False, "shape": (count, *shape)}
-            np.lib.format.write_array_header_1_0(file, header)  # type: ignore[arg-type]
+            np.lib.format.write_array_header_1_0(file, header)
         if array.shape[1:] != shape:
             raise ValueError(f"Samples of {array.shape[1:]} and {shape} cannot be in one pack.")
         file.write(array.tobytes())
