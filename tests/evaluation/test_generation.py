@@ -6,19 +6,22 @@ import math
 import numpy as np
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from typer.testing import CliRunner
 
+from dinotok import DINOTokDiTPipeline
 from dinotok.cli import app
 from dinotok.data import load_pictures
 from dinotok.evaluation.distances import inception_score, kernel_distance, precision_recall
 from dinotok.evaluation.extractors import from_module
-from dinotok.evaluation.generation import evaluate_generation
+from dinotok.evaluation.generation import evaluate_generation, generated_batches
 from dinotok.evaluation.passes import PassOptions
 from dinotok.evaluation.reference import make_statistics
 from dinotok.evaluation.sample_packs import SamplePack, write_sample_pack
 from tests.conftest import save_tiny_encoder
 from tests.evaluation.test_statistics import ColorFeatures, features
-from tests.tiny_tokenizers import save_picture
+from tests.pipelines.test_class_conditional_diffusion import tiny_transformer
+from tests.tiny_tokenizers import save_picture, tiny_tokenizer
 
 
 class Everything(ColorFeatures):
@@ -176,3 +179,25 @@ def load_rows(folder):
     from datasets import Image
 
     return load_pictures(str(folder)).cast_column("image", Image())
+
+
+def test_the_command_draws_samples_of_a_pipeline_whatever_the_batch(folder, tmp_path):
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    pipeline = DINOTokDiTPipeline(tiny_transformer(), tiny_tokenizer(), scheduler)
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    encoder = f"encoder:{save_tiny_encoder(tmp_path / 'tiny-dino', seed=0)}"
+    reference = str(tmp_path / "reference.safetensors")
+    shared = ["--extractor", encoder, "--allow-few-pictures"]
+    call = ["evaluate", "statistics", "--dataset", str(folder), "--output", reference, "--resolution", "32", *shared]
+    assert CliRunner().invoke(app, call).exit_code == 0
+    call = ["evaluate", "generation", "--model", tmp_path / "pipeline", "--num-images", 5, "--num-inference-steps", 2]
+    call += ["--batch-size", 2, "--seed", 7, "--statistics", reference, "--output", tmp_path / "out", *shared]
+    result = CliRunner().invoke(app, list(map(str, call)))
+    assert result.exit_code == 0, f"{result.output}{result.exception}"
+    report = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert report["sampling"] == {"seed": 7, "num_images": 5, "guidance_scale": 1.0, "num_inference_steps": 2}
+    (drawn,) = SamplePack(tmp_path / "out" / "samples.npz").batches(5)
+    pipeline.set_progress_bar_config(disable=True)
+    (whole,) = generated_batches(pipeline, 5, 5, seed=7, num_inference_steps=2, height=32, width=32)
+    assert (drawn.int() - whole.int()).abs().max() <= 1
+    assert "already" in CliRunner().invoke(app, list(map(str, call))).output
