@@ -11,6 +11,7 @@ import typer
 
 from .command_line import BatchSize, Device, Dtype, ModelDtype, Output, Revision, check_device, one_line, user_errors
 from .convert.cli import convert_app
+from .evaluation.cli import evaluate_app
 from .generate_cli import generate
 
 # torch, diffusers and what imports them wait until a command runs: `dinotok --help` is quick.
@@ -28,6 +29,7 @@ app = typer.Typer(
 )
 
 app.add_typer(convert_app, name="convert")
+app.add_typer(evaluate_app, name="evaluate")
 app.command()(generate)
 
 SOME_FAILED = 1

@@ -1,0 +1,131 @@
+"""How close generated pictures are to real ones: every published number of a set of samples."""
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..picture_rows import picture_sizes
+from .distances import KID_SUBSET_SIZE, KID_SUBSETS, inception_score, kernel_distance, precision_recall
+from .extractors import Extractor
+from .feature_statistics import FeatureStatistics, frechet_distance
+from .passes import MeasuredRows, PassOptions, measure_batches, measure_pictures
+from .reconstruction import check_counts
+from .reference import statistics_of_rows
+from .sample_packs import SamplePack
+
+
+def evaluate_generation(
+    samples: SamplePack | Any,
+    extractor: Extractor,
+    statistics: FeatureStatistics,
+    folder: Path,
+    options: PassOptions | None = None,
+    *,
+    allow_few_pictures: bool = False,
+    rank: int = 0,
+    world_size: int = 1,
+) -> dict[str, Any]:
+    """Compare samples with reference statistics.
+
+    Args:
+        samples: A pack, or a data set of pictures from `load_pictures`; of the statistics' resolution, because
+            resizing samples changes every number.
+        extractor: The one that made the statistics.
+        statistics: The reference. KID, precision and recall need its features.
+        folder: Of partial results; see `measure_pictures`.
+        options: Of the pass.
+        allow_few_pictures: Compute Fréchet distances of too few pictures, and say so under `warnings`.
+        rank: Of this process.
+        world_size: Processes that share the work.
+
+    Returns:
+        `metrics`, `pictures` and `warnings`. The Fréchet distance always; `sFID` and `inception_score` where the
+        extractor has spatial features and logits; KID, precision and recall where the statistics keep features.
+
+    Raises:
+        ValueError: If the samples are of another resolution or too few, or the extractor is another one.
+    """
+    resolution = statistics.recipe.get("resolution", 0)
+    statistics.check(resolution, extractor.describe())
+    rows = _measure(samples, resolution, extractor, folder, options or PassOptions(), rank, world_size)
+    made = statistics_of_rows(rows, {})
+    warnings = check_counts({"samples": made, "references": statistics}, allow_few_pictures)
+    metrics = {}
+    for kind, gaussian in made.gaussians.items():
+        if kind in statistics.gaussians:
+            name = extractor.metric if kind == "features" else "sFID"
+            metrics[name] = frechet_distance(gaussian, statistics.gaussians[kind])
+    if statistics.features is not None and made.features is not None:
+        metrics |= _set_distances(statistics.features, made.features)
+    if "logits" in rows.names:
+        logits = rows.all("logits")
+        metrics["inception_score"], metrics["inception_score_std"] = inception_score(logits, min(10, len(logits)))
+    pictures = {"resolution": resolution, "count": rows.count, "pictures": rows.pictures()}
+    settings = {"kid": f"{KID_SUBSETS} subsets of at most {KID_SUBSET_SIZE}, seed 0", "neighbours": 3}
+    return {"metrics": metrics, "pictures": pictures, "definitions": settings, "warnings": warnings}
+
+
+def generated_batches(
+    pipeline: Any, count: int, batch_size: int, seed: int = 0, **arguments: Any
+) -> Iterator[torch.Tensor]:
+    """Draw samples of all classes in turn, each from a seed of its own.
+
+    Args:
+        pipeline: A `DINOTokDiTPipeline` or `DINOTokARPipeline`.
+        count: Samples; equally many of every class if it is a multiple of their number.
+        batch_size: Samples at a time; it does not change them.
+        seed: Of the first sample; the next has `seed + 1`.
+        **arguments: Of the pipeline's call, such as `guidance_scale`.
+
+    Yields:
+        uint8 `(B, 3, H, W)`.
+    """
+    num_classes = pipeline.transformer.config.num_classes
+    for first in range(0, count, batch_size):
+        numbers = range(first, min(first + batch_size, count))
+        generators = [torch.Generator().manual_seed(seed + number) for number in numbers]
+        labels = [number % num_classes for number in numbers]
+        images = pipeline(labels, generator=generators, output_type="pt", **arguments).images  # in [0, 1]
+        yield (images.float().cpu().clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def _measure(
+    samples: Any,
+    resolution: int,
+    extractor: Extractor,
+    folder: Path,
+    options: PassOptions,
+    rank: int,
+    world_size: int,
+) -> MeasuredRows:
+    identity = {"extractor": extractor.describe(), "resolution": resolution, "torch": torch.__version__}
+    if isinstance(samples, SamplePack):
+        _check_sizes([(samples.height, samples.width)], resolution)
+        stat = os.stat(samples.path)
+        identity |= {"samples": [str(samples.path), stat.st_size, stat.st_mtime_ns]}
+
+        def read(start: int, stop: int) -> Iterator[dict[str, Any]]:
+            return ({"pixel_values": batch} for batch in samples.batches(options.batch_size, start, stop))
+
+        return measure_batches(samples.count, read, extractor, folder, identity, options, rank, world_size)
+    _check_sizes(picture_sizes(samples, "image"), resolution)
+    identity |= {"samples": samples._fingerprint}
+    return measure_pictures(samples, resolution, extractor, folder, identity, options, rank, world_size)
+
+
+def _check_sizes(sizes: Sequence[tuple[int, int] | None], resolution: int) -> None:
+    for number, size in enumerate(sizes):
+        if size not in (None, (resolution, resolution)):
+            raise ValueError(
+                f"Sample {number} is {size[0]}x{size[1]}, the statistics are of {resolution}x{resolution}; resizing "
+                "samples would change every number."
+            )
+
+
+def _set_distances(real: torch.Tensor, fake: torch.Tensor) -> dict[str, float]:
+    mean, deviation = kernel_distance(real, fake)
+    precision, recall = precision_recall(real, fake)
+    return {"KID": mean, "KID_std": deviation, "precision": precision, "recall": recall}
