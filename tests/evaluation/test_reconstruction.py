@@ -157,6 +157,7 @@ def test_the_command_writes_json_and_a_model_index(folder, tmp_path, lpips):
     for digest in report["lpips"].values():
         assert digest.startswith("sha256:")
     (index,) = yaml.safe_load((output / "model-index.md").read_text().strip("-\n "))["model-index"]
+    assert {result["dataset"]["type"] for result in index["results"]} == {"pictures"}  # and no path
     values = {metric["type"]: metric["value"] for metric in index["results"][0]["metrics"]}
     assert values == {name: round(value, 4) for name, value in report["metrics"].items()}
     assert "perplexity" in result.output

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -42,13 +43,13 @@ def write_model_index(report: dict[str, Any], output: Path, task: str, task_name
     """
     from huggingface_hub import EvalResult, ModelCardData
 
-    split = str(report["split"]).split("[")[0]
+    dataset, split = str(report["dataset"]), str(report["split"]).split("[")[0]
     results = [
         EvalResult(
             task_type=task,
             task_name=task_name,
-            dataset_type=str(report["dataset"]),
-            dataset_name=Path(str(report["dataset"])).name,
+            dataset_type=Path(dataset).name if os.path.exists(dataset) else dataset,  # a path is nobody else's
+            dataset_name=Path(dataset).name,
             dataset_split=split,
             metric_type=name,
             metric_value=round(value, 4),
