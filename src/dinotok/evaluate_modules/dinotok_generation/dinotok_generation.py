@@ -16,8 +16,8 @@ class DINOTokGeneration(evaluate.Metric):
     """`dinotok evaluate generation` on pictures that are there; for up to some thousands of them.
 
     `compute` takes `statistics`, a file of `dinotok evaluate statistics`, and `extractor`, the one that made it: a
-    name, as for that command, or a `dinotok.evaluation.extractors.Extractor`. It returns the Fréchet distance, and KID,
-    precision and recall where the file keeps features. `allow_few_pictures` is that of the command.
+    name, as for that command, or a `dinotok.evaluation.extractors.Extractor`. It returns the Fréchet distance, with
+    KID, precision and recall where the file keeps features. `allow_few_pictures` is that of the command.
     """
 
     def _info(self) -> evaluate.MetricInfo:
