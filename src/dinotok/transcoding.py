@@ -67,7 +67,7 @@ def reconstruct_files(
             indices = indices_of_batch(model, latents)
             for counter, plane in zip((counters or {}).values(), indices.unbind(1), strict=False):
                 counter.update(plane)
-            latents = _latents_of(model, indices)
+            latents = latents_of_batch(model, indices)
         for picture, sample in _finite(batch, decode_batch(model, latents), on_failure):
             height, width = picture.size
             (scores,) = metrics.update(sample[None, :, :height, :width], picture.values[None, :, :height, :width])
@@ -166,7 +166,7 @@ def decode_files(
     processor = ImageProcessor.from_model(model)
     for batch in equal_batches(_read_shards(model, shards, on_failure), batch_size):
         values = _stack(batch)
-        latents = values if values.is_floating_point() else _latents_of(model, values)
+        latents = values if values.is_floating_point() else latents_of_batch(model, values)
         for picture, sample in _finite(batch, decode_batch(model, latents), on_failure):
             _write_sample(processor, sample, picture, output / picture.name)
             yield output / picture.name
@@ -260,6 +260,12 @@ def encode_batch(model: TokenizerModel, pixels: torch.Tensor) -> torch.Tensor:
 def indices_of_batch(model: DiscreteTokenizer, latents: torch.Tensor) -> torch.Tensor:
     """Return the indices `(B, codebooks, h, w)` of latents `(B, C, h, w)`."""
     return model.quantize(latents).indices
+
+
+@torch.inference_mode()
+def latents_of_batch(model: TokenizerModel, indices: torch.Tensor) -> torch.Tensor:
+    """Return the latents `(B, C, h, w)` of indices `(B, codebooks, h, w)`; the model is discrete."""
+    return cast("DiscreteTokenizer", model).indices_to_latents(indices.to(model.device))
 
 
 @torch.inference_mode()
@@ -357,11 +363,6 @@ def _check_fits(model: TokenizerModel, shard: Shard) -> None:
         sizes = {name: len(counter.counts) for name, counter in code_counters(model).items()}
         if list(sizes.values()) != list(shard.codebook_sizes.values()):
             raise ValueError(f"It has tokens of codebooks with {shard.codebook_sizes} codes, the model has {sizes}.")
-
-
-@torch.inference_mode()
-def _latents_of(model: TokenizerModel, indices: torch.Tensor) -> torch.Tensor:
-    return cast("DiscreteTokenizer", model).indices_to_latents(indices.to(model.device))
 
 
 def _write_sample(processor: ImageProcessor, sample: torch.Tensor, picture: Picture, path: Path) -> None:

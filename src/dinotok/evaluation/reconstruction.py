@@ -13,7 +13,7 @@ from ..models.discrete import DiscreteTokenizer
 from ..models.quantizers import CodeCounter
 from ..models.tokenizer_model import TokenizerModel
 from ..reports import usage_of
-from ..transcoding import decode_batch, encode_batch, indices_of_batch
+from ..transcoding import decode_batch, encode_batch, indices_of_batch, latents_of_batch
 from .extractors import Extractor
 from .feature_statistics import FeatureStatistics, few_pictures, frechet_distance
 from .passes import MeasuredRows, PassOptions, Rows, measure_pictures
@@ -50,7 +50,9 @@ class ReconstructionMeasure:
         latents = encode_batch(self.model, pixels)
         rows: Rows = {}
         if isinstance(self.model, DiscreteTokenizer):
-            rows["indices"] = indices_of_batch(self.model, latents).to("cpu", torch.int32)
+            indices = indices_of_batch(self.model, latents)
+            rows["indices"] = indices.to("cpu", torch.int32)
+            latents = latents_of_batch(self.model, indices)
         samples = decode_batch(self.model, latents)
         rows |= self._distances(samples, pixels)
         if self.extractor is not None:
