@@ -63,11 +63,10 @@ def reconstruct_files(
     names = _output_names(files)
     processor = ImageProcessor.from_model(model)
     for batch, latents in encoded_batches(model, files, on_failure, batch_size):
-        if isinstance(model, DiscreteTokenizer):
-            indices = indices_of_batch(model, latents)
+        indices, latents = quantize_batch(model, latents)
+        if indices is not None:
             for counter, plane in zip((counters or {}).values(), indices.unbind(1), strict=False):
                 counter.update(plane)
-            latents = latents_of_batch(model, indices)
         for picture, sample in _finite(batch, decode_batch(model, latents), on_failure):
             height, width = picture.size
             (scores,) = metrics.update(sample[None, :, :height, :width], picture.values[None, :, :height, :width])
@@ -166,7 +165,7 @@ def decode_files(
     processor = ImageProcessor.from_model(model)
     for batch in equal_batches(_read_shards(model, shards, on_failure), batch_size):
         values = _stack(batch)
-        latents = values if values.is_floating_point() else latents_of_batch(model, values)
+        latents = values if values.is_floating_point() else _latents_of(model, values)
         for picture, sample in _finite(batch, decode_batch(model, latents), on_failure):
             _write_sample(processor, sample, picture, output / picture.name)
             yield output / picture.name
@@ -262,10 +261,12 @@ def indices_of_batch(model: DiscreteTokenizer, latents: torch.Tensor) -> torch.T
     return model.quantize(latents).indices
 
 
-@torch.inference_mode()
-def latents_of_batch(model: TokenizerModel, indices: torch.Tensor) -> torch.Tensor:
-    """Return the latents `(B, C, h, w)` of indices `(B, codebooks, h, w)`; the model is discrete."""
-    return cast("DiscreteTokenizer", model).indices_to_latents(indices.to(model.device))
+def quantize_batch(model: TokenizerModel, latents: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """Return the indices of latents and the latents that they decode from; of a continuous one, None and as given."""
+    if not isinstance(model, DiscreteTokenizer):
+        return None, latents
+    indices = indices_of_batch(model, latents)
+    return indices, _latents_of(model, indices)
 
 
 @torch.inference_mode()
@@ -363,6 +364,11 @@ def _check_fits(model: TokenizerModel, shard: Shard) -> None:
         sizes = {name: len(counter.counts) for name, counter in code_counters(model).items()}
         if list(sizes.values()) != list(shard.codebook_sizes.values()):
             raise ValueError(f"It has tokens of codebooks with {shard.codebook_sizes} codes, the model has {sizes}.")
+
+
+@torch.inference_mode()
+def _latents_of(model: TokenizerModel, indices: torch.Tensor) -> torch.Tensor:
+    return cast("DiscreteTokenizer", model).indices_to_latents(indices.to(model.device))
 
 
 def _write_sample(processor: ImageProcessor, sample: torch.Tensor, picture: Picture, path: Path) -> None:

@@ -307,20 +307,13 @@ def probe(
 
 def _draw(model: str, path: Path, device: str, batch_size: int, sampling: dict[str, Any], resolution: int) -> None:
     """Write the samples of a pipeline."""
-    import diffusers
-
-    from .. import DINOTokARPipeline, DINOTokDiTPipeline
+    from ..generation import find_pipeline
     from .generation import generated_batches
     from .sample_packs import write_sample_pack
 
     if path.exists():
         raise ValueError(f"There are samples in {str(path)!r} already: evaluate them by --samples, or delete them.")
-    classes = {"DINOTokARPipeline": DINOTokARPipeline, "DINOTokDiTPipeline": DINOTokDiTPipeline}
-    name = diffusers.DiffusionPipeline.load_config(model)["_class_name"]
-    name = name[-1] if isinstance(name, list) else name
-    if name not in classes:
-        raise ValueError(f"{model!r} holds a {name}, not one of {', '.join(classes)}.")
-    pipeline = classes[name].from_pretrained(model).to(device)
+    pipeline = find_pipeline(model).load().to(device)
     pipeline.set_progress_bar_config(disable=True)
     options = dict(sampling)
     count, seed = options.pop("num_images"), options.pop("seed")

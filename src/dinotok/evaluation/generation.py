@@ -5,8 +5,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from ..generation import draw_pictures
 from ..picture_rows import picture_sizes
 from .distances import KID_SUBSET_SIZE, KID_SUBSETS, inception_score, kernel_distance, precision_recall
 from .extractors import Extractor
@@ -51,7 +53,7 @@ def evaluate_generation(
     resolution = statistics.recipe.get("resolution", 0)
     statistics.check(resolution, extractor.describe())
     rows = _measure(samples, resolution, extractor, folder, options or PassOptions(), rank, world_size)
-    made = statistics_of_rows(rows, {})
+    made = statistics_of_rows(rows, {}, keep_features=statistics.features is not None)
     warnings = check_counts({"samples": made, "references": statistics}, allow_few_pictures)
     metrics = {}
     for kind, gaussian in made.gaussians.items():
@@ -86,10 +88,9 @@ def generated_batches(
     num_classes = pipeline.transformer.config.num_classes
     for first in range(0, count, batch_size):
         numbers = range(first, min(first + batch_size, count))
-        generators = [torch.Generator().manual_seed(seed + number) for number in numbers]
-        labels = [number % num_classes for number in numbers]
-        images = pipeline(labels, generator=generators, output_type="pt", **arguments).images  # in [0, 1]
-        yield (images.float().cpu().clamp(0, 1) * 255).round().to(torch.uint8)
+        labels, seeds = [number % num_classes for number in numbers], [seed + number for number in numbers]
+        pictures = draw_pictures(pipeline, labels, seeds, batch_size, arguments)
+        yield torch.stack([torch.from_numpy(np.array(picture)).permute(2, 0, 1) for picture in pictures])
 
 
 def _measure(

@@ -13,7 +13,7 @@ from ..models.discrete import DiscreteTokenizer
 from ..models.quantizers import CodeCounter
 from ..models.tokenizer_model import TokenizerModel
 from ..reports import usage_of
-from ..transcoding import decode_batch, encode_batch, indices_of_batch, latents_of_batch
+from ..transcoding import decode_batch, encode_batch, quantize_batch
 from .extractors import Extractor
 from .feature_statistics import FeatureStatistics, few_pictures, frechet_distance
 from .passes import MeasuredRows, PassOptions, Rows, measure_pictures
@@ -48,11 +48,8 @@ class ReconstructionMeasure:
         """Measure uint8 pictures `(B, 3, H, W)`; return a row per picture for every name."""
         pixels = to_pixels(images)
         latents = encode_batch(self.model, pixels)
-        rows: Rows = {}
-        if isinstance(self.model, DiscreteTokenizer):
-            indices = indices_of_batch(self.model, latents)
-            rows["indices"] = indices.to("cpu", torch.int32)
-            latents = latents_of_batch(self.model, indices)
+        indices, latents = quantize_batch(self.model, latents)
+        rows: Rows = {} if indices is None else {"indices": indices.to("cpu", torch.int32)}
         samples = decode_batch(self.model, latents)
         rows |= self._distances(samples, pixels)
         if self.extractor is not None:
