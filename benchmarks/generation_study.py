@@ -31,25 +31,18 @@ from photographs import DATA, ENCODER, load_photographs, to_pixels
 from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import interpolate
-from torchmetrics.image.fid import FrechetInceptionDistance
 from tqdm import tqdm
 
 from dinotok import FrozenEncoder
+from dinotok.evaluation.feature_statistics import Gaussian, frechet_distance
 from dinotok.generation import TOKENIZER_COMPONENTS, PipelineFiles, draw_pictures, find_pipeline
 from dinotok.inception import InceptionFeatures
-from dinotok.models.discrete import DiscreteTokenizer
 from dinotok.probes import knn_accuracy
 
 RESULTS = Path(__file__).parent / "results" / "generation_study.json"
 SHEETS = Path(__file__).parents[1] / "docs" / "images"
 BATCH, SHEET_SEEDS, CLASSIFIER_SIZE = 25, 8, 224
 AR_OPTIONS = {"temperature": float, "top_k": int, "top_p": float}
-
-
-class GivenFeatures(torch.nn.Identity):
-    """Lets `FrechetInceptionDistance` compare features that are there already."""
-
-    num_features = InceptionFeatures.num_features
 
 
 class Judge:
@@ -71,14 +64,6 @@ class Judge:
             if inception:
                 rows.setdefault("inception", []).append(self.inception(part))
         return {key: torch.cat(values) for key, values in rows.items()}
-
-
-def frechet(real: torch.Tensor, fake: torch.Tensor) -> float:
-    """The distance of `dinotok.metrics.fid` between features `(N, 768)`."""
-    metric = FrechetInceptionDistance(feature=GivenFeatures())
-    metric.update(real, real=True)
-    metric.update(fake, real=False)
-    return metric.compute().item()
 
 
 class Reference:
@@ -109,7 +94,8 @@ class Reference:
 
     def distance(self, features: dict[str, torch.Tensor], name: str) -> float:
         """FID-768 to photographs."""
-        return frechet(self.features[name]["inception"], features["inception"])
+        sets = (self.features[name]["inception"], features["inception"])
+        return frechet_distance(*(Gaussian.fit([rows]) for rows in sets))
 
 
 @torch.no_grad()
@@ -117,9 +103,7 @@ def reconstruct(tokenizer: torch.nn.Module, pictures: torch.Tensor) -> torch.Ten
     """Return uint8 pictures that went through the tokenizer."""
     found = []
     for part in tqdm(pictures.split(BATCH), desc="reconstructions", mininterval=30):
-        latents = tokenizer.encode(to_pixels(part)).latent
-        latents = tokenizer.quantize(latents).latents if isinstance(tokenizer, DiscreteTokenizer) else latents
-        found.append(((tokenizer.decode(latents).sample.clamp(-1, 1) + 1) * 127.5).round().byte())
+        found.append(((tokenizer(to_pixels(part)).sample.clamp(-1, 1) + 1) * 127.5).round().byte())
     return torch.cat(found)
 
 
