@@ -337,14 +337,9 @@ def main() -> None:
 
 def _report_header(source: "TokenizerFiles") -> dict[str, Any]:
     from . import __version__
+    from .hub import model_header
 
-    return {
-        "dinotok_version": __version__,
-        "model": source.name,
-        "model_revision": source.revision,
-        "model_digest": source.digest,
-        "class_name": source.class_name,
-    }
+    return {"dinotok_version": __version__, **model_header(source)}
 
 
 def _print_metrics(rows: list[dict[str, Any]], summary: dict[str, float]) -> None:

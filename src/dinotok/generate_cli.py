@@ -152,13 +152,11 @@ def write_generation_report(
 
     from . import __version__
     from .folders import writing
+    from .hub import model_header
 
     report = {
         "dinotok_version": __version__,
-        "model": files.name,
-        "model_revision": files.commit or files.digest,
-        "model_digest": files.digest,
-        "class_name": files.class_name,
+        **model_header(files),
         "tokenizer": files.tokenizer,
         "settings": settings,
         "seconds": {name: round(value, 3) for name, value in seconds.items()},

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from .bundled import bundled_folder, resolve_bundled
-from .hub import download, folder_digest, load_tokenizer, read_config
+from .bundled import bundled_folder
+from .hub import folder_digest, load_tokenizer, locate, read_config
 
 # The pipelines, and what each calls its tokenizer.
 TOKENIZER_COMPONENTS = {"DINOTokDiTPipeline": "vae", "DINOTokARPipeline": "vqvae"}
@@ -45,6 +46,11 @@ class PipelineFiles:
     tokenizer: str | None
 
     @property
+    def revision(self) -> str:
+        """The commit, or for a folder, which has none, its digest."""
+        return self.commit or self.digest
+
+    @cached_property
     def digest(self) -> str:
         """What identifies the pipeline: SHA-256 over the digests of its models and the scheduler's settings."""
         index = read_config(self.folder / _INDEX, self.name, "pipeline")
@@ -106,11 +112,7 @@ def find_pipeline(name_or_path: str | os.PathLike[str], revision: str | None = N
         ValueError: If it does not hold one of dinotok's pipelines, or a folder is given a revision.
     """
     name = os.fspath(name_or_path)
-    path = resolve_bundled(name)
-    local = os.path.isdir(path)
-    if local and revision is not None:
-        raise ValueError(f"revision={revision!r} is for repositories of the Hub; {name!r} is a folder.")
-    folder = Path(path) if local else download(name, revision, _FILES)
+    folder, commit = locate(name, revision, _FILES)
     index = read_config(folder / _INDEX, name, "pipeline")
     class_name = index.get("_class_name")
     class_name = class_name[-1] if isinstance(class_name, list) and class_name else class_name
@@ -120,7 +122,7 @@ def find_pipeline(name_or_path: str | os.PathLike[str], revision: str | None = N
     tokenizer = index.get(BUNDLED_TOKENIZER)
     if tokenizer is not None:
         bundled_folder(tokenizer)
-    return PipelineFiles(name, folder, None if local else folder.name, class_name, tokenizer)
+    return PipelineFiles(name, folder, commit, class_name, tokenizer)
 
 
 def load_pipeline(

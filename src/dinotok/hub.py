@@ -6,15 +6,28 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .bundled import resolve_bundled
 from .models.tokenizer_model import TokenizerModel
 
+if TYPE_CHECKING:
+    from .generation import PipelineFiles
+
 _WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model-?????-of-?????.safetensors")
 _FILES = ("config.json", "diffusion_pytorch_model.safetensors.index.json", *_WEIGHTS)
+
+
+def model_header(files: "TokenizerFiles | PipelineFiles") -> dict[str, str]:
+    """Return what a report says of the model that it is about."""
+    return {
+        "model": files.name,
+        "model_revision": files.revision,
+        "model_digest": files.digest,
+        "class_name": files.class_name,
+    }
 
 
 @dataclass(frozen=True)
@@ -83,11 +96,7 @@ def find_tokenizer(name_or_path: str, revision: str | None = None) -> TokenizerF
         OSError: If there is no such folder or repository, or it cannot be reached.
         ValueError: If it does not hold one of dinotok's tokenizers, or a folder is given a revision.
     """
-    path = resolve_bundled(name_or_path)
-    local = os.path.isdir(path)
-    if local and revision is not None:
-        raise ValueError(f"revision={revision!r} is for repositories of the Hub; {name_or_path!r} is a folder.")
-    folder = Path(path) if local else download(name_or_path, revision, _FILES)
+    folder, commit = locate(name_or_path, revision, _FILES)
     config = read_config(folder / "config.json", name_or_path, "tokenizer")
     class_name = config.get("_class_name")
     if class_name not in tokenizer_classes():
@@ -96,7 +105,7 @@ def find_tokenizer(name_or_path: str, revision: str | None = None) -> TokenizerF
     return TokenizerFiles(
         name=name_or_path,
         folder=folder,
-        commit=None if local else folder.name,  # the cache keeps a snapshot in a folder named by its commit
+        commit=commit,
         digest=folder_digest(folder),
         class_name=class_name,
     )
@@ -177,6 +186,30 @@ def read_config(path: Path, name: str, kind: str) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ValueError(f"The {path.name} of {name!r} holds a {type(config).__name__}, not a dictionary.")
     return config
+
+
+def locate(name: str, revision: str | None, patterns: Sequence[str]) -> tuple[Path, str | None]:
+    """Find the folder of a model, which is fetched if it is on the Hub and not in the cache.
+
+    Args:
+        name: A folder, the name of a model of the package, or a repository.
+        revision: Branch, tag or commit of the repository.
+        patterns: Of the files of a repository that are wanted.
+
+    Returns:
+        The folder, and the commit of a repository; None for a folder.
+
+    Raises:
+        OSError: If there is no such folder or repository, or it cannot be reached.
+        ValueError: If a folder is given a revision.
+    """
+    path = resolve_bundled(name)
+    if not os.path.isdir(path):
+        folder = download(name, revision, patterns)
+        return folder, folder.name  # the cache keeps a snapshot in a folder named by its commit
+    if revision is not None:
+        raise ValueError(f"revision={revision!r} is for repositories of the Hub; {name!r} is a folder.")
+    return Path(path), None
 
 
 def download(name: str, revision: str | None, patterns: Sequence[str]) -> Path:

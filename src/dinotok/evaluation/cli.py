@@ -109,13 +109,13 @@ def reconstruction(
     """Encode and decode a data set: PSNR, SSIM, LPIPS, Fréchet distances and the use of codebooks."""
     with _evaluation() as (rank, world_size):
         from ..cli import RunSettings
-        from ..hub import find_tokenizer
+        from ..hub import find_tokenizer, model_header
         from ..lpips import LPIPS
         from .extractors import file_digest, load_extractor
         from .feature_statistics import FeatureStatistics
-        from .passes import remove_parts, wait_for_all
+        from .passes import wait_for_all
         from .reconstruction import evaluate_reconstruction
-        from .reports import SSIM, environment, print_evaluation, write_evaluation, write_model_index
+        from .reports import SSIM, environment
 
         source = find_tokenizer(model, revision)
         settings = RunSettings(batch_size, device, Dtype.float32, False, None, None, encoder)
@@ -144,10 +144,7 @@ def reconstruction(
         if rank == 0:
             report = {
                 "task": "reconstruction",
-                "model": source.name,
-                "model_revision": source.revision,
-                "model_digest": source.digest,
-                "class_name": source.class_name,
+                **model_header(source),
                 "dataset": dataset,
                 "split": split,
                 **result,
@@ -158,11 +155,7 @@ def reconstruction(
                 "reference": reference.digest() if reference else "the originals, after the same crop",
                 "environment": environment(),
             }
-            write_evaluation(report, output)
-            write_model_index(report, output, "image-to-image", "Image reconstruction")
-            remove_parts(parts)
-            print_evaluation(report)
-            typer.echo(f"Written to {output}")
+            _publish(report, output, "image-to-image", "Image reconstruction", [parts])
 
 
 @evaluate_app.command()
@@ -190,8 +183,8 @@ def generation(
         from .extractors import load_extractor
         from .feature_statistics import FeatureStatistics
         from .generation import evaluate_generation
-        from .passes import remove_parts, wait_for_all
-        from .reports import environment, print_evaluation, write_evaluation, write_model_index
+        from .passes import wait_for_all
+        from .reports import environment
         from .sample_packs import SamplePack
 
         if sum(source is not None for source in (model, images, samples)) != 1:
@@ -233,11 +226,7 @@ def generation(
                 "reference": reference.digest(),
                 "environment": environment(),
             }
-            write_evaluation(report, output)
-            write_model_index(report, output, "unconditional-image-generation", "Image generation")
-            remove_parts(parts)
-            print_evaluation(report)
-            typer.echo(f"Written to {output}")
+            _publish(report, output, "unconditional-image-generation", "Image generation", [parts])
 
 
 @evaluate_app.command()
@@ -261,9 +250,9 @@ def probe(
     with _evaluation() as (rank, world_size):
         from ..cli import RunSettings
         from ..hub import find_tokenizer
-        from .passes import remove_parts, wait_for_all
+        from .passes import wait_for_all
         from .probe import evaluate_probe
-        from .reports import environment, print_evaluation, write_evaluation, write_model_index
+        from .reports import environment
 
         source = find_tokenizer(model, revision)
         settings = RunSettings(batch_size, device, Dtype.float32, False, None, None, encoder)
@@ -296,13 +285,10 @@ def probe(
                 "settings": settings.describe(tokenizer) | {"epochs": epochs, "processes": world_size},
                 "environment": environment(),
             }
-            write_evaluation(report, output)
-            write_model_index(report, output, "image-classification", "Probes of latents")
-            for name in ("train", "validation"):
-                remove_parts(parts / name)
+            _publish(
+                report, output, "image-classification", "Probes of latents", [parts / "train", parts / "validation"]
+            )
             parts.rmdir()
-            print_evaluation(report)
-            typer.echo(f"Written to {output}")
 
 
 def _draw(model: str, path: Path, device: str, batch_size: int, sampling: dict[str, Any], resolution: int) -> None:
@@ -319,6 +305,19 @@ def _draw(model: str, path: Path, device: str, batch_size: int, sampling: dict[s
     count, seed = options.pop("num_images"), options.pop("seed")
     size = {"height": resolution, "width": resolution}
     write_sample_pack(path, generated_batches(pipeline, count, batch_size, seed, **size, **options), count)
+
+
+def _publish(report: dict[str, Any], output: Path, task: str, task_name: str, parts: list[Path]) -> None:
+    """Write and print what was found; partial results go when it is written."""
+    from .passes import remove_parts
+    from .reports import print_evaluation, write_evaluation, write_model_index
+
+    write_evaluation(report, output)
+    write_model_index(report, output, task, task_name)
+    for folder in parts:
+        remove_parts(folder)
+    print_evaluation(report)
+    typer.echo(f"Written to {output}")
 
 
 @contextmanager
