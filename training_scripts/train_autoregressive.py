@@ -10,13 +10,13 @@ tokenizer, every validation draws a sheet of samples, and the result is a pipeli
     VFMTok GPT-B, L      --model autoregressive_vfmtok_l --batch_size 512 --max_train_steps 750000
     VFMTok RAR-L         --model random_autoregressive_vfmtok_l --batch_size 2048 --max_train_steps 250000 \
                          --learning_rate 4e-4 --lr_scheduler cosine --warmup_steps 62500 --weight_decay 0.03 \
-                         --beta_2 0.96 --ema_decay 0 --anneal_start 125000 --anneal_end 187500
+                         --beta_2 0.96 --ema_decay 0 --anneal_steps 125000 187500
     DINO-Tok AR (as in   --model autoregressive_dinotok_l --batch_size 256 --max_train_steps 1500000
     VFMTok's and MGVQ's)
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -79,8 +79,10 @@ class AutoregressiveOptions:
         weight_decay: Of matrices.
         beta_2: Of AdamW; the first is 0.9.
         class_dropout: Share of samples whose class is the null class.
-        anneal_start: Of models trained in random orders: the step from which on orders become raster order.
-        anneal_end: The step from which on all are.
+        scored_share: Of the positions, drawn anew for every row; the others are context alone. Below 1, a step with
+            large codebooks takes less time and memory; the expected gradient is the same.
+        anneal_steps: Of models trained in random orders: the step from which on orders become raster order, and that
+            from which on all are.
         lora_rank: Train adapters of that rank instead of the weights; 0 trains the weights.
         mixed_precision: no or bf16; the loss is in float32 either way.
         ema_decay: Of the averaged weights, which are what is validated and saved; 0 for none.
@@ -106,8 +108,8 @@ class AutoregressiveOptions:
     weight_decay: float = 0.05
     beta_2: float = 0.95
     class_dropout: float = 0.1
-    anneal_start: int = 0
-    anneal_end: int = 0
+    scored_share: float = 1.0
+    anneal_steps: list[int] = field(default_factory=lambda: [0, 0])
     lora_rank: int = 0
     mixed_precision: str = "no"
     ema_decay: float = 0.9999
@@ -220,8 +222,8 @@ def main(options: AutoregressiveOptions) -> ModelMixin:
     with StopRequest() as stop:
         for step in range(first + 1, options.max_train_steps + 1):
             indices, labels = next(batches)
-            labels, orders = conditions(options, labels, transformer, step, accelerator.process_index)
-            losses = wrapped(indices, labels, orders)
+            labels, conditioned = conditions(options, labels, transformer, step, accelerator.process_index)
+            losses = wrapped(indices, labels, **conditioned)
             accelerator.backward(losses.mean())
             norm = accelerator.clip_grad_norm_(trainable(objective), MAX_GRADIENT_NORM)
             if guard.ok(losses, norm):

@@ -49,7 +49,7 @@ from dinotok.training import (
     training_record,
 )
 
-FIT_PICTURES, MAX_VALIDATION_PICTURES = 4096, 1000
+FIT_PICTURES, MAX_VALIDATION_PICTURES = 8192, 1000
 WARMUP_SHARE, MAX_GRADIENT_NORM, LOGGING_STEPS = 0.02, 1.0, 20
 DISCRIMINATOR_WARMUP, DISCRIMINATOR_RAMP = 500, 1000  # steps it learns alone, and steps until its weight is full
 

@@ -1,5 +1,6 @@
 """What `training_scripts/train_autoregressive.py` is made of, beside its loop."""
 
+import math
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Protocol
@@ -37,8 +38,8 @@ class AutoregressiveOptions(Protocol):
     batch_size: int
     gradient_checkpointing: bool
     class_dropout: float
-    anneal_start: int
-    anneal_end: int
+    scored_share: float
+    anneal_steps: list[int]
     lora_rank: int
     num_workers: int
     seed: int
@@ -51,10 +52,17 @@ class TokenObjective(nn.Module):
         super().__init__()
         self.transformer = transformer
 
-    def forward(self, indices: torch.Tensor, labels: torch.Tensor, orders: torch.Tensor | None = None) -> torch.Tensor:
-        """Return the mean negative log-likelihood of an index in nats, for each codebook `(K,)`."""
-        options = {} if orders is None else {"orders": orders}
-        logits = self.transformer(indices, labels, **options).logits
+    def forward(self, indices: torch.Tensor, labels: torch.Tensor, **conditions: torch.Tensor) -> torch.Tensor:
+        """Return the mean negative log-likelihood of an index in nats, for each codebook `(K,)`.
+
+        Args:
+            indices: `(B, K, h, w)`.
+            labels: `(B,)`.
+            conditions: `positions` to score in place of all, or `orders`, as the transformer takes them.
+        """
+        logits = self.transformer(indices, labels, **conditions).logits
+        if "positions" in conditions:
+            indices = indices.flatten(2).take_along_dim(conditions["positions"][:, None], dim=2)
         losses = [F.cross_entropy(book.flatten(0, -2), indices[:, k].flatten()) for k, book in enumerate(logits)]
         return torch.stack(losses)
 
@@ -125,6 +133,7 @@ def build_transformer(
         model = getattr(dinotok, config["_class_name"]).from_config({**config, **data})
         if tokenizer is not None:
             start_from_codes(model, tokenizer)
+    _check_conditions(options, model)
     if options.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     if options.lora_rank:
@@ -132,6 +141,15 @@ def build_transformer(
         modules = [name for name in LORA_MODULES if any(key.endswith(f".{name}") for key, _ in model.named_modules())]
         model.add_adapter(LoraConfig(r=options.lora_rank, lora_alpha=options.lora_rank, target_modules=modules))
     return model
+
+
+def _check_conditions(options: AutoregressiveOptions, model: ModelMixin) -> None:
+    in_random_orders = isinstance(model, RandomAutoregressiveTransformer2DModel)
+    if not 0 < options.scored_share <= 1 or (in_random_orders and options.scored_share != 1):
+        rule = "must be 1 for a model in random orders" if in_random_orders else "must be in (0, 1]"
+        raise ValueError(f"scored_share={options.scored_share} {rule}.")
+    if len(options.anneal_steps) != 2:
+        raise ValueError(f"anneal_steps={options.anneal_steps} must be two steps, the start and the end.")
 
 
 @torch.no_grad()
@@ -160,16 +178,20 @@ def start_from_codes(model: ModelMixin, tokenizer: DiscreteTokenizerModel) -> bo
 
 def conditions(
     options: AutoregressiveOptions, labels: torch.Tensor, model: ModelMixin, step: int, rank: int
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Drop classes and draw orders, from the seed, the step and the process alone."""
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Drop classes, and draw orders or the positions to be scored, from the seed, the step and the process alone."""
     generator = torch.Generator().manual_seed(mix("conditions", options.seed, step, rank))
     dropped = torch.rand(len(labels), generator=generator) < options.class_dropout
     labels = labels.masked_fill(dropped.to(labels.device), model.config.num_classes)
-    if not isinstance(model, RandomAutoregressiveTransformer2DModel):
-        return labels, None
-    share = random_share_at(step, options.anneal_start, options.anneal_end)
     rows, columns = model.config.sample_size
-    return labels, sample_orders(len(labels), rows * columns, share, generator).to(labels.device)
+    if isinstance(model, RandomAutoregressiveTransformer2DModel):
+        share = random_share_at(step, *options.anneal_steps)
+        return labels, {"orders": sample_orders(len(labels), rows * columns, share, generator).to(labels.device)}
+    if options.scored_share == 1:
+        return labels, {}
+    count = math.ceil(options.scored_share * rows * columns)
+    positions = torch.rand(len(labels), rows * columns, generator=generator).topk(count).indices
+    return labels, {"positions": positions.to(labels.device)}
 
 
 @torch.no_grad()

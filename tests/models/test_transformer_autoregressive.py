@@ -57,6 +57,19 @@ def test_cached_logits_are_those_of_the_whole_grid(books, depth, grid):
 
 @variants
 @torch.no_grad()
+def test_chosen_positions_have_the_logits_of_the_whole_grid(books, depth):
+    model = tiny_transformer(books, depth)
+    indices, labels = random_indices(model)
+    positions = torch.tensor([[5, 0, 3], [1, 1, 4]])
+    chosen = model(indices, labels, positions=positions).logits
+    for part, whole in zip(chosen, model(indices, labels).logits, strict=True):
+        torch.testing.assert_close(part, whole.flatten(1, 2).take_along_dim(positions[..., None], 1))
+    with pytest.raises(ValueError, match="with a cache there is one at a time"):
+        model(class_labels=labels, cache=model.allocate_cache(2), positions=positions)
+
+
+@variants
+@torch.no_grad()
 def test_a_start_with_indices_goes_on_as_if_they_had_come_singly(books, depth):
     model = tiny_transformer(books, depth)
     indices, labels = random_indices(model)

@@ -11,7 +11,7 @@ from datasets import load_dataset
 from safetensors.torch import load_file
 
 from dinotok import AutoregressiveTransformer2DModel, RandomAutoregressiveTransformer2DModel
-from dinotok.autoregressive_training import TokenSource, build_transformer
+from dinotok.autoregressive_training import TokenObjective, TokenSource, build_transformer, conditions
 from dinotok.hub import load_tokenizer
 from dinotok.pipelines.class_conditional_autoregressive import DINOTokARPipeline
 from dinotok.token_caches import TokenLoader, open_token_cache
@@ -204,11 +204,46 @@ def test_a_model_in_random_orders_is_trained_on_one_codebook(folder, tmp_path):
         model=str(tmp_path / "model.json"),
         tokenizer=str(tmp_path / "tokenizer"),
         dataset=str(folder / "pictures"),
-        anneal_start=1,
-        anneal_end=3,
+        anneal_steps=[1, 3],
     )
     assert isinstance(train(options), RandomAutoregressiveTransformer2DModel)
     assert DINOTokARPipeline.from_pretrained(tmp_path / "run" / "pipeline")(0).images[0].size == (32, 32)
+
+
+def test_scoring_a_share_of_the_positions_has_the_expected_loss_and_gradient_of_scoring_all(folder, tmp_path):
+    torch.manual_seed(0)
+    model = AutoregressiveTransformer2DModel([5, 7], num_classes=2, sample_size=[2, 3], **SIZES, head_depth=1).eval()
+    for output in model.head.outputs:
+        torch.nn.init.normal_(output.weight)
+    objective, indices = TokenObjective(model), torch.randint(5, (4, 2, 2, 3))
+
+    def loss_and_gradient(labels, **conditioned):
+        losses = objective(indices, labels, **conditioned)
+        return torch.cat([losses.detach(), *(g.flatten() for g in torch.autograd.grad(losses.sum(), weights))])
+
+    weights = [model.class_embedding.weight, model.head.outputs[1].weight]
+    labels = torch.tensor([0, 1, 2, 0])
+    options = train_options(folder, tmp_path, scored_share=0.4, class_dropout=0.0)
+    drawn = [conditions(options, labels, model, step, rank=0)[1] for step in range(400)]
+    assert all(row["positions"].shape == (4, 3) for row in drawn)  # 3 of 6: what 0.4 needs
+    assert all(len(set(row)) == 3 for row in drawn[0]["positions"].tolist())
+    mean = torch.stack([loss_and_gradient(labels, **row) for row in drawn]).mean(0)
+    whole = loss_and_gradient(labels)
+    assert (mean - whole).norm() < 0.05 * whole.norm()
+    assert (loss_and_gradient(labels, **drawn[0]) - whole).norm() > 0.2 * whole.norm()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"scored_share": 0.0}, r"scored_share=0\.0 must be in \(0, 1\]"),
+        ({"scored_share": 1.5}, r"scored_share=1\.5 must be in \(0, 1\]"),
+        ({"anneal_steps": [3]}, r"anneal_steps=\[3\] must be two steps"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(folder, tmp_path, values, message):
+    with pytest.raises(ValueError, match=message):
+        train(train_options(folder, tmp_path / "run", **values))
 
 
 def test_a_model_of_other_data_is_refused(folder, tmp_path):

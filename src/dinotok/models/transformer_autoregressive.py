@@ -22,7 +22,8 @@ class AutoregressiveOutput(BaseOutput):
 
     Attributes:
         logits: Float32. Of a whole grid, one tensor `(B, h, w, codes)` for each codebook, which scores the indices
-            given; of a decoding step, a single `(B, codes)` for the next index.
+            given, or of chosen positions `(B, P, codes)`; of a decoding step, a single `(B, codes)` for the next
+            index.
     """
 
     logits: tuple[torch.Tensor, ...]
@@ -321,6 +322,7 @@ class AutoregressiveTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin
         class_labels: torch.Tensor | None = None,
         cache: AutoregressiveCache | None = None,
         return_dict: bool = True,
+        positions: torch.Tensor | None = None,
     ) -> AutoregressiveOutput | tuple[tuple[torch.Tensor, ...]]:
         """Score the indices of whole grids, or with a cache, the next index.
 
@@ -336,6 +338,8 @@ class AutoregressiveTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin
             class_labels: `(B,)` integers in [0, `num_classes`].
             cache: From `allocate_cache`; it is changed.
             return_dict: Return an output object rather than a tuple.
+            positions: `(B, P)` integers below `h * w`: of whole grids, score these positions only. The scores of large
+                codebooks are most of a small model's work.
 
         Returns:
             `.logits`, see `AutoregressiveOutput`.
@@ -344,7 +348,9 @@ class AutoregressiveTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin
             ValueError: If the shapes are others, or the grid is full.
         """
         if cache is None:
-            logits = self._score(indices, class_labels)
+            logits = self._score(indices, class_labels, positions)
+        elif positions is not None:
+            raise ValueError("positions are chosen of whole grids: with a cache there is one at a time.")
         else:
             logits = (self._next_logits(indices, class_labels, cache),)
         return AutoregressiveOutput(logits=logits) if return_dict else (logits,)
@@ -371,8 +377,10 @@ class AutoregressiveTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin
         )
         return AutoregressiveCache(body, head, self._rotary(height, width, self.device))
 
-    def _score(self, indices: torch.Tensor | None, class_labels: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
-        """Logits `(B, h, w, codes)` of every codebook."""
+    def _score(
+        self, indices: torch.Tensor | None, class_labels: torch.Tensor | None, positions: torch.Tensor | None
+    ) -> tuple[torch.Tensor, ...]:
+        """Logits of every codebook, `(B, h, w, codes)` or `(B, P, codes)`."""
         books = len(self.code_embeddings)
         if indices is None or class_labels is None:
             raise ValueError("Without a cache, both indices and class_labels are needed.")
@@ -382,7 +390,10 @@ class AutoregressiveTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin
         indices = indices.flatten(2)  # (B, K, h * w)
         tokens = torch.cat([self.class_embedding(class_labels)[:, None], self._embed(indices[:, :, :-1])], dim=1)
         hidden = self._body(tokens, self._rotary(height, width, tokens.device))  # (B, h * w, hidden_size)
-        return tuple(logits.unflatten(1, (height, width)) for logits in self.head(hidden, indices))
+        if positions is None:
+            return tuple(logits.unflatten(1, (height, width)) for logits in self.head(hidden, indices))
+        hidden = hidden.take_along_dim(positions[..., None], dim=1)
+        return self.head(hidden, indices.take_along_dim(positions[:, None], dim=2))
 
     def _next_logits(
         self, indices: torch.Tensor | None, class_labels: torch.Tensor | None, cache: AutoregressiveCache
