@@ -109,8 +109,8 @@ def probe(train: tuple, val: tuple) -> dict[str, float]:
 
 def write_table(results: dict) -> None:
     lines = [
-        "| model | size | PSNR (pooled) | SSIM | LPIPS alex, squeeze | FID-768 | codes used |",
-        "|---|---|---|---|---|---|---|",
+        "| model | size | photographs | PSNR (pooled) | SSIM | LPIPS alex, squeeze | FID-768 | codes used |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name, rows in results["reconstruction"].items():
         for size, row in rows.items():
