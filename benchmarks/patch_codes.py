@@ -13,7 +13,12 @@ BATCH, PATCH, PATCH_CHANNELS = 32, 16, 96
 
 
 class PatchCodes:
-    """Patches of pixels in two codebooks: k-means of their principal components, then of what that leaves."""
+    """Patches of pixels by their principal components, and by k-means of these and of what each codebook leaves.
+
+    Args:
+        sizes: Of the codebooks; none for the components alone.
+        grid: Rows and columns of patches.
+    """
 
     def __init__(self, sizes: list[int], grid: list[int]):
         self.grid = grid
@@ -30,8 +35,10 @@ class PatchCodes:
             moments.update(self._patches(part))
         pca = moments.pca()
         self.mean, self.basis = pca.mean.float(), pca.components[:, :PATCH_CHANNELS].float()
-        rows = torch.cat([self._project(self._patches(part)) for part in self.sets["train"][0].split(500)])
         generator, self.code_vectors = torch.Generator().manual_seed(0), {}
+        if not sizes:
+            return
+        rows = torch.cat([self._project(self._patches(part)) for part in self.sets["train"][0].split(500)])
         for book, size in enumerate(sizes):
             codes = kmeans(rows, size, nearest_codes, generator, num_iterations=8)
             self.code_vectors[str(book)] = codes
@@ -50,8 +57,15 @@ class PatchCodes:
         yield from zip(self.indices["val"].split(BATCH), self.sets["val"][1].split(BATCH), strict=True)
 
     def decode(self, indices: torch.Tensor) -> torch.Tensor:
-        codes = sum(table[indices[:, book]] for book, table in enumerate(self.code_vectors.values()))
-        patches = codes @ self.basis.T + self.mean
+        return self.pixels(sum(table[indices[:, book]] for book, table in enumerate(self.code_vectors.values())))
+
+    def latents(self, pictures: torch.Tensor) -> torch.Tensor:
+        """Components `(B, C, h, w)` of uint8 pictures."""
+        return self._project(self._patches(pictures)).unflatten(0, (len(pictures), *self.grid)).movedim(-1, 1)
+
+    def pixels(self, components: torch.Tensor) -> torch.Tensor:
+        """Pixels in [-1, 1] of components `(B, h, w, C)`."""
+        patches = components @ self.basis.T + self.mean
         return pixel_shuffle(patches.permute(0, 3, 1, 2), PATCH).clamp(-1, 1)
 
     def _patches(self, pictures: torch.Tensor) -> torch.Tensor:
