@@ -22,6 +22,7 @@ from tqdm import tqdm
 from dinotok.data import PictureLoader, PictureTransform, load_pictures, pixel_batches, to_pixels
 from dinotok.hub import load_tokenizer
 from dinotok.losses import AdversarialSchedule, StepGuard
+from dinotok.models.discrete import DiscreteTokenizerModel
 from dinotok.models.tokenizer_model import TokenizerModel
 from dinotok.tokenizer_training import (
     Adversary,
@@ -73,7 +74,8 @@ class TokenizerOptions:
         mixed_precision: no or bf16; losses are in float32 either way.
         gradient_checkpointing: Save memory in the decoder, for time.
         ema_decay: Of the averaged weights, which are what is validated and saved; 0 for none.
-        losses: Weights, as `l1=1 lpips=1`; there are l1, l2, lpips, adversarial, semantic and codebook.
+        losses: Weights, as `l1=1 lpips=1`; there are l1, l2, lpips, adversarial, semantic and codebook. Without
+            `codebook`, a discrete tokenizer keeps its codes, and only what decodes them is trained.
         perceptual_net: LPIPS weights: a safetensors file, or a folder or repository that has the vgg net's.
         discriminator: patch, or the encoder whose features a discriminator reads.
         adversarial_start: The step in which the discriminator begins to learn.
@@ -177,6 +179,8 @@ class Parts:
 def build_parts(options: TokenizerOptions, tokenizer: TokenizerModel, accelerator: Accelerator) -> Parts:
     """Build what trains a tokenizer, prepare it and register it for checkpoints."""
     weights = parse_losses(options.losses)
+    if isinstance(tokenizer, DiscreteTokenizerModel) and not weights["codebook"]:
+        tokenizer.freeze_coding()
     objective = TokenizerObjective(tokenizer, semantic=bool(weights["semantic"]))
     optimizer = torch.optim.AdamW(trainable(objective), options.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
     scheduler = get_scheduler(
@@ -223,7 +227,7 @@ def train_step(parts: Parts, batches: Iterator, step: int, accumulation: int) ->
     if parts.guard.ok(*values.values(), *norms):
         for optimizer in parts.optimizers:
             optimizer.step()
-        if hasattr(tokenizer, "update_codebook"):
+        if parts.weights["codebook"] and hasattr(tokenizer, "update_codebook"):
             tokenizer.update_codebook(made.latents)
         parts.ema.step(trainable(parts.objective))
     parts.scheduler.step()

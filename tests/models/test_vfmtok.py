@@ -12,6 +12,7 @@ from dinotok.hub import load_tokenizer
 from dinotok.models.discrete import DiscreteTokenizer
 from dinotok.models.vfmtok_layers import grid_centres, resize_for_encoder, resize_positions
 from tests.conftest import TINY_ENCODERS, random_pixels, randomize, save_tiny_encoder
+from tests.tiny_tokenizers import tiny_discrete_tokenizer, tiny_region_tokenizer
 
 SIZES = {
     "image_size": 64,
@@ -329,3 +330,16 @@ def test_fit_starts_the_codebook_with_k_means():
     with pytest.raises(ValueError, match="max_tokens=10 is less than the 24 codes"):
         model.fit(batches, max_tokens=10)
     assert math.isfinite(distance())
+
+
+@pytest.mark.parametrize("make", [tiny_discrete_tokenizer, tiny_region_tokenizer])
+def test_frozen_coding_leaves_nothing_to_train_before_the_codes(make):
+    model = make().train()
+    side = model.image_size or 32
+    pixels = torch.rand(1, 3, side, side) * 2 - 1
+    assert model.encode(pixels).latent.requires_grad
+    model.freeze_coding()
+    latents = model.encode(pixels).latent
+    found = model.quantize(latents)
+    assert not latents.requires_grad and not found.latents.requires_grad
+    assert model.decode(found.latents).sample.requires_grad

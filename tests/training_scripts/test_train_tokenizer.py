@@ -126,6 +126,14 @@ def test_training_changes_the_model_and_leaves_the_encoder_alone(folder, tmp_pat
     assert latents.shape == (1, 40, 2, 3)
 
 
+def test_without_the_codebook_loss_only_what_decodes_codes_is_trained(folder, tmp_path):
+    tokenizer = run(options(folder, tmp_path, "discrete", losses=["l1=1"]))
+    start = load_tokenizer(str(tmp_path / "start"))
+    pixels = torch.rand(2, 3, 32, 32) * 2 - 1
+    assert torch.equal(tokenizer.encode_to_indices(pixels), start.encode_to_indices(pixels))
+    assert not torch.equal(tokenizer.decoder.conv_out.weight, start.decoder.conv_out.weight)
+
+
 def test_the_record_runs_the_training_again(folder, tmp_path):
     run(options(folder, tmp_path / "first"))
     record = json.loads((tmp_path / "first" / "tokenizer" / "training.json").read_text())

@@ -45,6 +45,7 @@ class DiscreteTokenizerModel(TokenizerModel):
 
     num_codebooks: int
     _any_codebook = "a codebook"  # in errors: "the codebook" where there is never more than one
+    _coding_modules: tuple[str, ...]  # what decides the indices of a picture, beside the frozen encoder
 
     @property
     def codebook_sizes(self) -> dict[str, int]:
@@ -55,6 +56,12 @@ class DiscreteTokenizerModel(TokenizerModel):
     def code_vectors(self) -> dict[str, torch.Tensor]:
         """The vectors `(codes, width)` of every codebook by name, in the space where it compares them."""
         raise NotImplementedError
+
+    def freeze_coding(self) -> None:
+        """Exclude from training what decides the indices of a picture, so that only what decodes them is trained."""
+        for name, module in self.named_children():
+            if name in self._coding_modules:
+                module.requires_grad_(False)
 
     def quantize(self, latents: torch.Tensor) -> QuantizerOutput:
         """Replace latents by codes; see `DiscreteTokenizer`."""

@@ -54,6 +54,7 @@ class VQModelDINOTok(DiscreteTokenizerModel, AutoencoderDINOTok):  # type: ignor
     """
 
     _keep_in_fp32_modules = ["decoder_input", "semantic_quantizer", "texture_quantizer"]
+    _coding_modules = ("texture_projection", "semantic_quantizer", "texture_quantizer")
 
     semantic_quantizer: DominantSubspaceQuantizer
     texture_quantizer: VectorQuantizer

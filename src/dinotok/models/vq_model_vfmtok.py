@@ -79,6 +79,7 @@ class VQModelVFMTok(DiscreteTokenizerModel, RegionTokenizerModel):
 
     num_codebooks = 1
     _any_codebook = "the codebook"
+    _coding_modules = ("sampler", "regions_to_latents", "quantizer")
 
     @register_to_config
     def __init__(
