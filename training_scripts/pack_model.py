@@ -28,7 +28,8 @@ WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 INDEX = "model_index.json"
 # What decides which latents and indices a tokenizer makes; its decoder may have been trained further.
 LATENTS_CONFIG = ("_class_name", "encoder_digest", "latent_channels", "latents_mean", "latents_std")
-OTHER_PARTS = ("encoder.", "decoder.", "decoder_input.", "linear_decoder.")  # the encoder is in its digest
+# The encoder is in its digest.
+OTHER_PARTS = ("encoder.", "decoder.", "decoder_input.", "linear_decoder.", "linear_deep_decoder.")
 
 
 @dataclass(frozen=True)

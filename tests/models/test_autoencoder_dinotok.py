@@ -75,10 +75,11 @@ def test_fitted_linear_path_is_the_least_squares_optimum():
     assert ours.square().mean().item() == pytest.approx(residual.square().mean().item(), rel=1e-4)
 
 
-def test_linear_path_with_neighbours_is_the_least_squares_optimum():
-    """Beside the convolutional path as it is, no linear map of 3 x 3 features has a smaller error on the same data."""
+@pytest.mark.parametrize("reads_deep", [False, True])
+def test_linear_path_with_neighbours_is_the_least_squares_optimum(reads_deep):
+    """Beside the convolutional path as it is, no linear map of what it reads has a smaller error on the same data."""
     data = batches()
-    model = tiny_autoencoder(linear_kernel_size=3).fit(data)
+    model = tiny_autoencoder(linear_kernel_size=3, linear_reads_deep=reads_deep).fit(data)
     own_patch = torch.cat([model(pixels).sample - pixels for pixels in data]).square().mean().item()
     randomize(model.decoder)
     model.fit_linear_decoder(iter(data), ridge=1e-9)
@@ -88,6 +89,8 @@ def test_linear_path_with_neighbours_is_the_least_squares_optimum():
         padded = F.pad(latents[:, 32:], (1, 1, 1, 1), mode="replicate")
         windows = padded.unfold(2, 3, 1).unfold(3, 3, 1)  # (B, C, h, w, 3, 3)
         rows.append(windows.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(0, 2))
+        if reads_deep:  # one channel less: after the layer norm they sum to zero
+            rows[-1] = torch.cat([rows[-1], latents[:, :31].permute(0, 2, 3, 1).flatten(0, 2)], 1)
         lacking = pixels - model.decoder(latents)
         targets.append(F.pixel_unshuffle(lacking, 16).permute(0, 2, 3, 1).flatten(0, 2))
     rows, targets = torch.cat(rows).double(), torch.cat(targets).double()
@@ -204,6 +207,7 @@ def test_fit_names_what_is_wrong(data, message):
         ({"shallow_layer": 4}, "shallow_layer=4 does not exist"),
         ({"deep_layers": 0}, "deep_layers=0"),
         ({"linear_kernel_size": 2}, "linear_kernel_size=2 must be odd"),
+        ({"linear_reads_deep": True, "texture_channels": 0}, "linear_reads_deep=True needs texture_channels"),
         ({"texture_channels": -1}, "texture_channels=-1"),
         ({"texture_channels": 33}, "texture_channels=33 must lie between 0 and 32"),
         ({"latent_channels": 7}, "latent_channels=7"),

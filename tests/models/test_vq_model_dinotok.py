@@ -20,6 +20,7 @@ VARIANTS = {
     "two codebooks": ({}, {}),
     "no texture codebook": ({}, {"texture_codebook_size": 0}),
     "first texture channels": ({}, {"texture_rank": 3}),
+    "a linear path that reads all": ({}, {"texture_rank": 3, "linear_kernel_size": 3, "linear_reads_deep": True}),
     "joint codebook": ({}, {"joint_codebook": True}),
     "deep features only": ({"texture_channels": 0}, {}),
     "cosine": ({}, {"cosine": True}),

@@ -38,6 +38,8 @@ class AutoencoderDINOTok(TokenizerModel):
         deep_layers: The deep part is the sum of this many last layers (RAEv2's baseline); 1 is the paper's.
         linear_kernel_size: Features on each side that the linear path reads for a patch: 1 is its own only. With 3 it
             sees the neighbours too, which is worth most where features are quantized; see `fit_linear_decoder`.
+        linear_reads_deep: The linear path reads the patch's deep feature as well as texture; it starts at zero, and
+            `fit_linear_decoder` finds it.
         block_out_channels: Widths of the convolutional decoder from the picture inwards; `(128, 128, 256, 256, 512)`
             is the decoder of LDM and VA-VAE.
         layers_per_block: Residual blocks per resolution of the encoder that decoder mirrors (it has one more).
@@ -71,6 +73,7 @@ class AutoencoderDINOTok(TokenizerModel):
         texture_channels: int = 64,
         deep_layers: int = 1,
         linear_kernel_size: int = 1,
+        linear_reads_deep: bool = False,
         block_out_channels: tuple[int, ...] = (128, 128, 256, 256, 512),
         layers_per_block: int = 2,
         norm_num_groups: int = 32,
@@ -106,12 +109,15 @@ class AutoencoderDINOTok(TokenizerModel):
             self.texture_projection = nn.Conv2d(self.encoder.hidden_size, texture_channels, 1)
         self.decoder_input = ChannelAffine([0.0] * self.latent_channels, [1.0] * self.latent_channels, persistent=True)
         self.linear_decoder = nn.Conv2d(
-            texture_channels or self.deep_channels,
+            self._linear_channels(),
             3 * patch_size**2,
             linear_kernel_size,
             padding=linear_kernel_size // 2,
             padding_mode="replicate",
         )
+        if linear_reads_deep:
+            self.linear_deep_decoder = nn.Conv2d(self.deep_channels, 3 * patch_size**2, 1, bias=False)
+            nn.init.zeros_(self.linear_deep_decoder.weight)
         self.decoder = Decoder(
             in_channels=self.latent_channels,
             out_channels=3,
@@ -141,9 +147,16 @@ class AutoencoderDINOTok(TokenizerModel):
             raise ValueError(f"shallow_layer={config.shallow_layer} does not exist: hidden states are 0 to {last}.")
         if not 1 <= config.deep_layers <= last:
             raise ValueError(f"deep_layers={config.deep_layers} must lie between 1 and {last}.")
-
         if config.linear_kernel_size < 1 or config.linear_kernel_size % 2 == 0:
             raise ValueError(f"linear_kernel_size={config.linear_kernel_size} must be odd and positive.")
+        if config.linear_reads_deep and not config.texture_channels:
+            raise ValueError(
+                "linear_reads_deep=True needs texture_channels: without them the deep part is read anyway."
+            )
+
+    def _linear_channels(self) -> int:
+        """How many channels the linear path reads: those of the texture, or of the deep part where there is none."""
+        return self.config.texture_channels or self.deep_channels
 
     # ------------------------------------------------------------------------------------------ encode and decode
 
@@ -162,11 +175,14 @@ class AutoencoderDINOTok(TokenizerModel):
     def _decode(self, latents: torch.Tensor) -> torch.Tensor:
         inputs = self.decoder_input.normalize(latents).to(self.dtype)  # (B, C, h, w)
         patches = self.linear_decoder(self._linear_inputs(inputs))  # (B, 3 p^2, h, w)
+        if self.config.linear_reads_deep:
+            patches = patches + self.linear_deep_decoder(inputs[:, : self.deep_channels])
         return F.pixel_shuffle(patches, self.patch_size) + self.decoder(inputs)  # (B, 3, h p, w p)
 
     def _linear_inputs(self, inputs: torch.Tensor) -> torch.Tensor:
-        """What the linear path reads of the decoder's input: the texture, or deep features where there is none."""
-        return inputs[:, -self.linear_decoder.in_channels :]
+        """What the linear path reads with its neighbours: texture, or deep features where there is none."""
+        first = self.deep_channels if self.texture_channels else 0
+        return inputs[:, first : first + self.linear_decoder.in_channels]
 
     # ------------------------------------------------------------------------------------------- closed-form start
 
@@ -221,7 +237,10 @@ class AutoencoderDINOTok(TokenizerModel):
             variance = torch.cat([variance, (directions * (shallow.covariance @ directions)).sum(0)])
         self._set_latents_statistics(mean, variance.sqrt())
         self.decoder_input.set(self.latents_mean, self.latents_std)
-        _set_linear(self.linear_decoder, self.latents_std.cpu()[-len(weight) :, None] * weight, bias)
+        weight = (self.latents_std.cpu()[-len(weight) :, None] * weight)[: self.linear_decoder.in_channels]
+        _set_linear(self.linear_decoder, weight, bias)
+        if self.config.linear_reads_deep:
+            self.linear_deep_decoder.weight.zero_()
         return self
 
     @torch.no_grad()
@@ -243,19 +262,24 @@ class AutoencoderDINOTok(TokenizerModel):
             ValueError: If a batch is not of that form, or there are fewer tokens than regressors.
         """
         size, channels = self.config.linear_kernel_size, self.linear_decoder.in_channels
-        moments = StreamingMoments(channels * size**2, 3 * self.patch_size**2)
+        deep_channels = self.deep_channels if self.config.linear_reads_deep else 0
+        width = channels * size**2 + deep_channels
+        moments = StreamingMoments(width, 3 * self.patch_size**2)
         for pixels in self._pixel_batches(batches):
             latents = self.latents_affine.denormalize(self._decoded_latents(pixels))
             inputs = self.decoder_input.normalize(latents).to(self.dtype)
             padded = F.pad(self._linear_inputs(inputs).float(), (size // 2,) * 4, mode="replicate")
-            regressors = F.unfold(padded, size).unflatten(2, inputs.shape[2:])  # (B, C k^2, h, w)
+            window = F.unfold(padded, size).unflatten(2, inputs.shape[2:])  # (B, C k^2, h, w)
+            regressors = torch.cat([window, inputs[:, :deep_channels].float()], dim=1)
             missing = F.pixel_unshuffle(pixels.float() - self.decoder(inputs).float(), self.patch_size)
             moments.update(channels_last_rows(regressors), channels_last_rows(missing))
         moments.all_reduce()
-        if moments.count <= channels * size**2:
-            raise ValueError(f"fit saw {moments.count} tokens; more than {channels * size**2} are needed.")
+        if moments.count <= width:
+            raise ValueError(f"fit saw {moments.count} tokens; more than {width} are needed.")
         weight, bias = moments.ridge(alpha=ridge)
-        _set_linear(self.linear_decoder, weight, bias)
+        _set_linear(self.linear_decoder, weight[: width - deep_channels], bias)
+        if deep_channels:
+            self.linear_deep_decoder.weight.copy_(weight[-deep_channels:].T[..., None, None])
         return self
 
     def _decoded_latents(self, pixels: torch.Tensor) -> torch.Tensor:

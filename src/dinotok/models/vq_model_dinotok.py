@@ -43,7 +43,8 @@ class VQModelDINOTok(DiscreteTokenizerModel, AutoencoderDINOTok):  # type: ignor
             the latents' statistics change.
         rank: Dimensions of the dominant subspace; `None` for all.
         texture_rank: How many of the texture channels are quantized: the first, since `AutoencoderDINOTok.fit` orders
-            them by what they explain of the pixels. The decoder sees the mean of the others. `None` for all.
+            them by what they explain of the pixels. The decoder sees the mean of the others, and its linear path does
+            not read them. `None` for all.
         eigenvalue_power: See `DominantSubspaceQuantizer`.
         cosine: Compare directions in the dominant subspace instead of distances.
         commitment_weight: Of the commitment loss.
@@ -79,6 +80,7 @@ class VQModelDINOTok(DiscreteTokenizerModel, AutoencoderDINOTok):  # type: ignor
         texture_channels: int = 64,
         deep_layers: int = 1,
         linear_kernel_size: int = 1,
+        linear_reads_deep: bool = False,
         block_out_channels: tuple[int, ...] = (128, 128, 256, 256, 512),
         layers_per_block: int = 2,
         norm_num_groups: int = 32,
@@ -102,6 +104,7 @@ class VQModelDINOTok(DiscreteTokenizerModel, AutoencoderDINOTok):  # type: ignor
             texture_channels=texture_channels,
             deep_layers=deep_layers,
             linear_kernel_size=linear_kernel_size,
+            linear_reads_deep=linear_reads_deep,
             block_out_channels=block_out_channels,
             layers_per_block=layers_per_block,
             norm_num_groups=norm_num_groups,
@@ -146,14 +149,20 @@ class VQModelDINOTok(DiscreteTokenizerModel, AutoencoderDINOTok):  # type: ignor
         model.to(autoencoder.device)
         weights = dict(autoencoder.state_dict())
         size = model.config.linear_kernel_size
-        weights["linear_decoder.weight"] = pad_kernel(weights["linear_decoder.weight"], size)
+        read = weights["linear_decoder.weight"][:, : model.linear_decoder.in_channels]
+        weights["linear_decoder.weight"] = pad_kernel(read, size)
         report = model.load_state_dict(weights, strict=False)
-        missing = [key for key in report.missing_keys if "_quantizer." not in key]
+        missing = [key for key in report.missing_keys if "_quantizer." not in key and "linear_deep" not in key]
         if missing or report.unexpected_keys:
             raise ValueError(f"The autoencoder does not fit: {(missing + report.unexpected_keys)[0]!r}.")
         if autoencoder.dtype != model.dtype:
             model.to(autoencoder.dtype)
         return model.train(autoencoder.training)
+
+    def _linear_channels(self) -> int:
+        config = self.config
+        quantized = config.texture_channels and config.texture_codebook_size and not config.joint_codebook
+        return (config.texture_rank if quantized else None) or super()._linear_channels()
 
     # -------------------------------------------------------------------------------------------------- quantizing
 
