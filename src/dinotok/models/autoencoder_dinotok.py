@@ -265,14 +265,17 @@ class AutoencoderDINOTok(TokenizerModel):
         deep_channels = self.deep_channels if self.config.linear_reads_deep else 0
         width = channels * size**2 + deep_channels
         moments = StreamingMoments(width, 3 * self.patch_size**2)
+        silent = not any(weight.any() for weight in self.decoder.conv_out.parameters())  # as before any training
         for pixels in self._pixel_batches(batches):
             latents = self.latents_affine.denormalize(self._decoded_latents(pixels))
             inputs = self.decoder_input.normalize(latents).to(self.dtype)
             padded = F.pad(self._linear_inputs(inputs).float(), (size // 2,) * 4, mode="replicate")
             window = F.unfold(padded, size).unflatten(2, inputs.shape[2:])  # (B, C k^2, h, w)
             regressors = torch.cat([window, inputs[:, :deep_channels].float()], dim=1)
-            missing = F.pixel_unshuffle(pixels.float() - self.decoder(inputs).float(), self.patch_size)
-            moments.update(channels_last_rows(regressors), channels_last_rows(missing))
+            missing = pixels.float() if silent else pixels.float() - self.decoder(inputs).float()
+            moments.update(
+                channels_last_rows(regressors), channels_last_rows(F.pixel_unshuffle(missing, self.patch_size))
+            )
         moments.all_reduce()
         if moments.count <= width:
             raise ValueError(f"fit saw {moments.count} tokens; more than {width} are needed.")
