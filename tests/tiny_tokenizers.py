@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dinotok import AutoencoderDINOTok, VQModelDINOTok, VQModelVFMTok
+from dinotok import AutoencoderDINOTok, AutoencoderVFMTok, VQModelDINOTok, VQModelVFMTok
 from tests.conftest import TINY_DECODER, TINY_ENCODERS, randomize
 
 
@@ -36,17 +36,17 @@ def tiny_discrete_tokenizer(seed: int = 0, **config) -> VQModelDINOTok:
     return VQModelDINOTok.from_autoencoder(tiny_tokenizer(seed), **config).fit([pixels])
 
 
+_REGIONS = {"encoder_config": TINY_ENCODERS["dinov3_vit"], "image_size": 64, "hidden_size": 32, **TINY_DECODER}
+_REGIONS |= {f"{part}_intermediate_size": 24 for part in ("sampler", "decoder")}
+_REGIONS |= {f"{part}_num_layers": 1 for part in ("sampler", "decoder")}
+
+
 def tiny_region_tokenizer(seed: int = 0) -> VQModelVFMTok:
     """Build a discrete tokenizer of 16 codes for pictures of 64 x 64 pixels, with 3 x 5 tokens."""
-    sizes = {f"{part}_intermediate_size": 24 for part in ("sampler", "decoder")}
-    sizes |= {f"{part}_num_layers": 1 for part in ("sampler", "decoder")}
-    model = VQModelVFMTok(
-        encoder_config=TINY_ENCODERS["dinov3_vit"],
-        codebook_size=16,
-        image_size=64,
-        query_grid=(3, 5),
-        hidden_size=32,
-        **sizes,
-        **TINY_DECODER,
-    )
-    return randomize(model, seed).eval()
+    return randomize(VQModelVFMTok(codebook_size=16, query_grid=(3, 5), **_REGIONS), seed).eval()
+
+
+def tiny_region_autoencoder(latent_channels: int = 12) -> AutoencoderVFMTok:
+    """Build a continuous tokenizer for pictures of 64 x 64 pixels, whose 4 x 4 tokens are as many as patches."""
+    config = {"latent_channels": latent_channels, "query_grid": (4, 4), "projector_num_groups": 4}
+    return randomize(AutoencoderVFMTok(**config, **_REGIONS)).eval()

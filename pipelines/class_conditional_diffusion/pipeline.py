@@ -5,7 +5,7 @@
 
 import inspect
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import diffusers.pipelines
@@ -49,6 +49,9 @@ class DINOTokDiTPipeline(PipelineCodeMixin, DiffusionPipeline, SanaLoraLoaderMix
         guide: A weaker transformer on the same latents (fewer steps or layers). With it, guidance is AutoGuidance
             (Karras et al., arXiv 2406.02507); without it, classifier-free guidance.
         id2label: Names by class id; several names of one class are separated by commas.
+
+    Raises:
+        ValueError: If the transformer is for another number of channels than the autoencoder has.
     """
 
     model_cpu_offload_seq = "guide->transformer->vae"
@@ -66,6 +69,7 @@ class DINOTokDiTPipeline(PipelineCodeMixin, DiffusionPipeline, SanaLoraLoaderMix
         super().__init__()
         self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler, guide=guide)
         self.register_to_config(id2label=id2label and {str(index): name for index, name in id2label.items()})
+        _check_channels(transformer, vae)
         self.vae_scale_factor = _pixels_per_latent(vae)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
 
@@ -176,8 +180,7 @@ class DINOTokDiTPipeline(PipelineCodeMixin, DiffusionPipeline, SanaLoraLoaderMix
         scaled by whoever uses them. `AutoencoderRAE` speaks of pixels in [0, 1].
         """
         if not isinstance(self.vae, TokenizerModel | AutoencoderRAE):
-            shift = self.vae.config.get("shift_factor") or 0.0
-            latents = latents / self.vae.config.scaling_factor + shift
+            latents = _unscaled(latents, self.vae.config)
         pixels = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0].float()
         return 2 * pixels - 1 if isinstance(self.vae, AutoencoderRAE) else pixels
 
@@ -259,6 +262,24 @@ class DINOTokDiTPipeline(PipelineCodeMixin, DiffusionPipeline, SanaLoraLoaderMix
             kwargs.setdefault("weight_name", _LORA_FILE)  # which diffusers does not guess offline
             kwargs.setdefault("use_safetensors", True)
         super().load_lora_weights(pretrained_model_name_or_path_or_dict, **kwargs)
+
+
+def _check_channels(transformer: DiffusionTransformer2DModel, vae: ModelMixin) -> None:
+    channels = vae.config["encoder_hidden_size" if isinstance(vae, AutoencoderRAE) else "latent_channels"]
+    if transformer.config.in_channels != channels:
+        raise ValueError(
+            f"The transformer models {transformer.config.in_channels} channels, but the latents of this "
+            f"{type(vae).__name__} have {channels}."
+        )
+
+
+def _unscaled(latents: torch.Tensor, config: Mapping[str, Any]) -> torch.Tensor:
+    """Undo what pipelines of diffusers do to latents: SD3's scale and shift, or SDXL's statistics per channel."""
+    mean, std = config.get("latents_mean"), config.get("latents_std")
+    if mean is not None and std is not None:
+        mean, std = (latents.new_tensor(values)[:, None, None] for values in (mean, std))
+        return latents * std / config["scaling_factor"] + mean
+    return latents / config["scaling_factor"] + (config.get("shift_factor") or 0.0)
 
 
 def _pixels_per_latent(vae: ModelMixin) -> int:

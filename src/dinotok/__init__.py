@@ -17,6 +17,7 @@ _LOCATIONS = {
     "FrozenEncoder": "models.encoders",
     "DominantSubspaceQuantizer": "models.quantizers",
     "ImageProcessor": "image_processor",
+    "InpaintingCallback": "inpainting",
     "QuantizerOutput": "models.quantizers",
     "RandomAutoregressiveTransformer2DModel": "models.transformer_random_autoregressive",
     "VQModelDINOTok": "models.vq_model_dinotok",
@@ -30,6 +31,7 @@ __all__ = ["__version__", *sorted(_LOCATIONS)]
 if TYPE_CHECKING:
     from .configs import config_path as config_path
     from .image_processor import ImageProcessor as ImageProcessor
+    from .inpainting import InpaintingCallback as InpaintingCallback
     from .models.autoencoder_dinotok import AutoencoderDINOTok as AutoencoderDINOTok
     from .models.autoencoder_vfmtok import AutoencoderVFMTok as AutoencoderVFMTok
     from .models.encoders import EncoderUnavailableError as EncoderUnavailableError

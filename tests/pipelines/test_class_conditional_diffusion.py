@@ -297,20 +297,35 @@ def test_sizes_fit_the_patches_of_the_transformer_too(tokenizer):
 # Other autoencoders
 
 
-@torch.no_grad()
-def test_the_latents_of_a_kl_autoencoder_are_scaled_and_shifted():
+def tiny_kl(**scaling) -> AutoencoderKL:
     torch.manual_seed(0)
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
-    vae = AutoencoderKL(
-        latent_channels=4,
-        block_out_channels=(8, 8),
-        norm_num_groups=4,
-        scaling_factor=0.5,
-        shift_factor=0.25,
-        **blocks,
-    ).eval()
-    transformer = tiny_transformer(in_channels=4, sample_size=4)
-    pipeline = quiet(DINOTokDiTPipeline(transformer, vae, FlowMatchEulerDiscreteScheduler()))
+    return AutoencoderKL(latent_channels=4, block_out_channels=(8, 8), norm_num_groups=4, **scaling, **blocks).eval()
+
+
+def tiny_rae(**statistics) -> AutoencoderRAE:
+    torch.manual_seed(0)
+    return AutoencoderRAE(
+        encoder_hidden_size=64, encoder_num_hidden_layers=1, encoder_input_size=28, image_size=32,
+        decoder_hidden_size=32, decoder_num_hidden_layers=1, decoder_num_attention_heads=2,
+        decoder_intermediate_size=32, **statistics,
+    ).eval()  # fmt: skip
+
+
+def foreign_pipeline(vae) -> DINOTokDiTPipeline:
+    channels = 64 if isinstance(vae, AutoencoderRAE) else 4
+    transformer = tiny_transformer(in_channels=channels, sample_size=2 if channels == 64 else 4)
+    return quiet(DINOTokDiTPipeline(transformer, vae, FlowMatchEulerDiscreteScheduler(), id2label=LABELS))
+
+
+SHIFTED = {"scaling_factor": 0.5, "shift_factor": 0.25}
+STATISTICS = {"latents_mean": [0.5, -1.0, 0.0, 2.0], "latents_std": [2.0, 0.5, 1.0, 3.0]}
+
+
+@torch.no_grad()
+def test_the_latents_of_a_kl_autoencoder_are_scaled_and_shifted():
+    vae = tiny_kl(**SHIFTED)
+    pipeline = foreign_pipeline(vae)
     images = pipeline(0, num_inference_steps=2, output_type="pt", generator=seeded(), width=16).images
     latents = latents_of(pipeline, 0, num_inference_steps=2, width=16)
     assert images.shape == (1, 3, 8, 16)
@@ -319,18 +334,64 @@ def test_the_latents_of_a_kl_autoencoder_are_scaled_and_shifted():
 
 @torch.no_grad()
 def test_rae_decodes_to_pixels_from_zero_to_one():
-    torch.manual_seed(0)
-    vae = AutoencoderRAE(
-        encoder_hidden_size=64, encoder_num_hidden_layers=1, encoder_input_size=28, image_size=32,
-        decoder_hidden_size=32, decoder_num_hidden_layers=1, decoder_num_attention_heads=2,
-        decoder_intermediate_size=32,
-    ).eval()  # fmt: skip
-    transformer = tiny_transformer(in_channels=64)
-    pipeline = quiet(DINOTokDiTPipeline(transformer, vae, FlowMatchEulerDiscreteScheduler()))
+    vae = tiny_rae()
+    pipeline = foreign_pipeline(vae)
     images = pipeline(0, num_inference_steps=2, output_type="pt", generator=seeded()).images
     torch.testing.assert_close(images, vae.decode(latents_of(pipeline, 0, num_inference_steps=2)).sample.clamp(0, 1))
     with pytest.raises(ValueError, match="32 px squares only"):
         pipeline(0, height=64)
+
+
+def kl_latents(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
+    """What diffusers' pipelines model: SD3's convention, or SDXL's where there are statistics."""
+    latents = vae.encode(pixels).latent_dist.mode()
+    if vae.config.latents_mean is None:
+        return (latents - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
+    mean, std = (torch.tensor(vae.config[name]).view(1, 4, 1, 1) for name in ("latents_mean", "latents_std"))
+    return (latents - mean) * vae.config.scaling_factor / std
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "vae",
+    [
+        tiny_kl(),
+        tiny_kl(**SHIFTED),
+        tiny_kl(**STATISTICS, scaling_factor=0.5),
+        tiny_rae(latents_mean=torch.full((64, 2, 2), 0.3), latents_std=torch.full((64, 2, 2), 2.0)),
+    ],
+)
+def test_a_picture_comes_back_as_its_autoencoder_alone_reconstructs_it(vae):
+    rae = isinstance(vae, AutoencoderRAE)
+    size = {"height": 32, "width": 32 if rae else 64}
+    pixels = torch.rand(1, 3, *size.values(), generator=seeded())  # [0, 1]
+    latents = vae.encode(pixels).latent if rae else kl_latents(vae, 2 * pixels - 1)
+    expected = vae(pixels).sample if rae else vae(2 * pixels - 1).sample / 2 + 0.5
+
+    def replace(pipe, step, timestep, tensors):
+        return {"latents": latents}
+
+    images = foreign_pipeline(vae)(
+        1, num_inference_steps=2, generator=seeded(), output_type="pt", callback_on_step_end=replace, **size
+    ).images
+    torch.testing.assert_close(images, expected.clamp(0, 1), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("vae", [tiny_kl(**STATISTICS), tiny_rae()])
+def test_pipelines_with_other_autoencoders_are_saved_and_loaded(vae, tmp_path):
+    pipeline = foreign_pipeline(vae)
+    pipeline.save_pretrained(tmp_path)
+    loaded = quiet(DINOTokDiTPipeline.from_pretrained(tmp_path))
+    assert type(loaded.vae) is type(vae)
+    torch.testing.assert_close(draw(loaded), draw(pipeline))
+
+
+@pytest.mark.parametrize(("vae", "channels"), [(tiny_kl(), 4), (tiny_rae(), 64)])
+def test_a_transformer_for_other_latents_is_refused(pipeline, vae, channels):
+    with pytest.raises(
+        ValueError, match=f"models 40 channels, but the latents of this {type(vae).__name__} have {channels}"
+    ):
+        DINOTokDiTPipeline(pipeline.transformer, vae, pipeline.scheduler)
 
 
 # Files
