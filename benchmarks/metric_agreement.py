@@ -42,8 +42,8 @@ from dinotok.statistics import StreamingMoments
 RESULTS = Path(__file__).parent / "results" / "metric_agreement.json"
 PHOTOGRAPHS = Path(dinotok.__file__).parent / "assets" / "photographs"
 SIDE, COUNT = 64, 200
-# How far apart numbers may be, relative to theirs: SSIM is convolved in float32; KID is a small difference of sums.
-TOLERANCES = {"ssim": 1e-4, "KID": 1e-5}
+# How far apart numbers may be, relative to theirs; SSIM is convolved in float32.
+TOLERANCES = {"ssim": 1e-4}
 TOLERANCE = 1e-6
 
 
@@ -62,8 +62,8 @@ class RandomFeatures(nn.Module):
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         hidden = self.second(self.first(images.float() / 127.5 - 1).relu()).relu()
-        features = 4 * hidden.mean((2, 3))
-        return {"features": features, "logits": 8 * self.classifier(features)}
+        features = 30 * hidden.mean((2, 3))
+        return {"features": features, "logits": self.classifier(features)}
 
 
 class One(nn.Module):
@@ -95,7 +95,7 @@ def make_pictures() -> tuple[torch.Tensor, torch.Tensor]:
 def distort(pictures: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     blurred = F.avg_pool2d(pictures.float(), 5, 1, 2, count_include_pad=False)
     noise = 20 * torch.randn(pictures.shape, generator=generator)
-    return (blurred + noise).clamp(0, 255).round().to(torch.uint8)
+    return (0.8 * blurred + noise).clamp(0, 255).round().to(torch.uint8)
 
 
 def measure_ours(real: torch.Tensor, fake: torch.Tensor) -> dict[str, float]:
@@ -182,7 +182,7 @@ def measure_torch_fidelity(real: torch.Tensor, fake: torch.Tensor) -> dict[str, 
 
         def forward(self, images):
             outputs = self.network(images)
-            return tuple(outputs[name] for name in self.features_list)
+            return tuple(outputs[name].double() for name in self.features_list)  # sums are as exact as features
 
     if "random" not in FEATURE_EXTRACTORS_REGISTRY:
         torch_fidelity.register_feature_extractor("random", Extractor)
