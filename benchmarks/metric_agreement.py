@@ -79,17 +79,17 @@ class One(nn.Module):
         return self.network(images)[self.output]
 
 
-def make_pictures() -> tuple[torch.Tensor, torch.Tensor]:
+def make_pictures(count: int = COUNT) -> tuple[torch.Tensor, torch.Tensor]:
     """References and samples, uint8 `(N, 3, 64, 64)`."""
     generator = torch.Generator().manual_seed(0)
     photographs = [np.asarray(Image.open(path).convert("RGB")) for path in sorted(PHOTOGRAPHS.glob("*.jpg"))]
     crops = []
-    for number in range(2 * COUNT):
+    for number in range(2 * count):
         photograph = photographs[number % len(photographs)]
         top, left = (int(torch.randint(side - SIDE + 1, (), generator=generator)) for side in photograph.shape[:2])
         crops.append(torch.from_numpy(photograph[top : top + SIDE, left : left + SIDE].copy()).permute(2, 0, 1))
     pictures = torch.stack(crops)
-    return pictures[:COUNT], distort(pictures[COUNT:], generator)
+    return pictures[:count], distort(pictures[count:], generator)
 
 
 def distort(pictures: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -102,7 +102,9 @@ def measure_ours(real: torch.Tensor, fake: torch.Tensor) -> dict[str, float]:
     pixels, target = to_pixels(distort(real, torch.Generator().manual_seed(1))), to_pixels(real)
     extractor = from_module(RandomFeatures())
     sets = [extractor(images) for images in (real, fake)]
-    shards = [StreamingMoments(RandomFeatures.num_features).update(p) for p in sets[0]["features"].split([7, 150, 43])]
+    shards = [
+        StreamingMoments(RandomFeatures.num_features).update(p) for p in sets[0]["features"].tensor_split([7, 50])
+    ]
     merged = Gaussian.from_moments(shards[2].merge(shards[0]).merge(shards[1]))
     precision, recall = precision_recall(sets[0]["features"], sets[1]["features"])
     return {
@@ -229,9 +231,9 @@ def find_torch_fidelity(folder: str | None) -> bool:
     return True
 
 
-def compare(libraries: list[str]) -> list[dict]:
+def compare(libraries: list[str], count: int = COUNT) -> list[dict]:
     """One row for every number that a library has too."""
-    pictures = make_pictures()
+    pictures = make_pictures(count)
     ours, rows = measure_ours(*pictures), []
     for library in libraries:
         for metric, theirs in LIBRARIES[library](*pictures).items():

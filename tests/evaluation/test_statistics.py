@@ -120,7 +120,7 @@ def test_two_processes_write_the_statistics_of_one(folder, tmp_path):
         output = tmp_path / f"{processes}.safetensors"
         options = ["--dataset", folder, "--output", output, "--extractor", f"encoder:{encoder}", "--shard-size", 2]
         call = [*launcher, processes, *start, *options, "--resolution", 32, "--allow-few-pictures"]
-        subprocess.run([str(word) for word in call], check=True, timeout=120)
+        subprocess.run([str(word) for word in call], check=True, timeout=600)
     assert FeatureStatistics.load(tmp_path / "1.safetensors").digest() == FeatureStatistics.load(output).digest()
 
 
