@@ -2,11 +2,11 @@
 
     python benchmarks/evaluation_overhead.py [--model NAME | --size base] [--pictures 48 --resolution 224]
 
-The bare time is that of encoder, quantizer and decoder on pictures that lie in memory; the evaluation also reads,
-crops and digests files, and computes PSNR and SSIM, without LPIPS and without the features of a Fréchet distance, which are
-networks of their own. CPU seconds of all threads, so that other processes hardly matter; the two alternate, and the
-median of the rounds' ratios is reported. `--size base` is an AutoencoderDINOTok of the published size with random
-weights (DINOv2 ViT-B with registers, the decoder of LDM): speed does not depend on them.
+The bare time is that of encoder, quantizer and decoder on pictures that lie in memory. The evaluation also reads,
+crops and digests files, and computes PSNR and SSIM, without LPIPS and without the features of a Fréchet distance,
+which are networks of their own. CPU seconds of all threads, so that other processes hardly matter; the two alternate,
+and the median of the rounds' ratios is reported. `--size base` is an AutoencoderDINOTok of the published size with
+random weights (DINOv2 ViT-B with registers, the decoder of LDM): speed does not depend on them.
 
 The pictures are crops of the package's photographs, written as JPEG. Rows are kept in the results file, by model.
 """

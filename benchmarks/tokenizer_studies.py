@@ -188,9 +188,9 @@ def main() -> None:
     known = [str(ENCODER), "dinotok-tiny-encoder", f"random:{ENCODER}"]
     parser.add_argument("--encoders", nargs="+", default=known, help="folders, repositories, random:NAME")
     parser.add_argument("--encoder", default=str(ENCODER), help="of the other studies")
-    parser.add_argument("--train", type=int, default=400)
+    parser.add_argument("--train", type=int, default=200)
     parser.add_argument("--validation", type=int, default=200)
-    parser.add_argument("--reconstructions", type=int, default=32)
+    parser.add_argument("--reconstructions", type=int, default=16)
     arguments = parser.parse_args()
     settings = {key: getattr(arguments, key) for key in ("train", "validation", "reconstructions")}
     settings["encoder"] = short_name(arguments.encoder)
