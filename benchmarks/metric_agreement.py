@@ -14,7 +14,6 @@ torchvision's import asks for are then declared first. Without torch-fidelity it
 
 import argparse
 import json
-import sys
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -23,10 +22,10 @@ import numpy as np
 import scipy.linalg
 import torch
 import torch.nn.functional as F
+import with_torch_fidelity
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import nn
-from torch.utils.data import Subset
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.inception import InceptionScore
@@ -165,47 +164,7 @@ def measure_scipy(real: torch.Tensor, fake: torch.Tensor) -> dict[str, float]:
 
 
 def measure_torch_fidelity(real: torch.Tensor, fake: torch.Tensor) -> dict[str, float]:
-    import torch_fidelity
-    from torch_fidelity.feature_extractor_base import FeatureExtractorBase
-    from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
-
-    class Extractor(FeatureExtractorBase):
-        def __init__(self, name, features_list, **_):
-            super().__init__(name, features_list)
-            self.network = RandomFeatures()
-
-        @staticmethod
-        def get_provided_features_list():
-            return "features", "logits"
-
-        @staticmethod
-        def get_default_feature_layer_for_metric(metric):
-            return "logits" if metric == "isc" else "features"
-
-        def forward(self, images):
-            outputs = self.network(images)
-            return tuple(outputs[name].double() for name in self.features_list)  # sums are as exact as features
-
-    if "random" not in FEATURE_EXTRACTORS_REGISTRY:
-        torch_fidelity.register_feature_extractor("random", Extractor)
-    wanted = {"isc": True, "fid": True, "kid": True, "prc": True}
-    whole = {"isc_splits": 1, "kid_subsets": 2, "kid_subset_size": len(real)}
-    options = {"cuda": False, "save_cpu_ram": True, "verbose": False}
-    found = torch_fidelity.calculate_metrics(
-        input1=Subset(fake, range(len(fake))),
-        input2=Subset(real, range(len(real))),
-        feature_extractor="random",
-        **wanted,
-        **whole,
-        **options,
-    )
-    return {
-        "FD": found["frechet_inception_distance"],
-        "KID": found["kernel_inception_distance_mean"],
-        "precision": found["precision"],
-        "recall": found["recall"],
-        "inception_score": found["inception_score_mean"],
-    }
+    return with_torch_fidelity.measure(RandomFeatures(), real, fake)
 
 
 LIBRARIES: dict[str, Callable[[torch.Tensor, torch.Tensor], dict[str, float]]] = {
@@ -214,21 +173,6 @@ LIBRARIES: dict[str, Callable[[torch.Tensor, torch.Tensor], dict[str, float]]] =
     "scikit-image": measure_skimage,
     "scipy": measure_scipy,
 }
-
-
-def find_torch_fidelity(folder: str | None) -> bool:
-    """Make torch-fidelity importable, from a folder of its own if one is named; say whether it is."""
-    if folder is not None:
-        library = torch.library.Library("torchvision", "DEF")  # what torchvision's import asks its compiled part for
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        find_torch_fidelity.library = library  # type: ignore[attr-defined]  it must live as long as the process
-        sys.path.append(folder)
-    try:
-        import torch_fidelity  # noqa: F401
-    except (ImportError, RuntimeError):
-        return False
-    return True
 
 
 def compare(libraries: list[str], count: int = COUNT) -> list[dict]:
@@ -253,7 +197,8 @@ def compare(libraries: list[str], count: int = COUNT) -> list[dict]:
 
 def table(rows: list[dict]) -> list[str]:
     lines = ["| number | library | ours | theirs | relative difference | tolerance |", "|---|---|---|---|---|---|"]
-    for row in sorted(rows, key=lambda row: list(dict.fromkeys(r["metric"] for r in rows)).index(row["metric"])):
+    metrics = list(dict.fromkeys(row["metric"] for row in rows))
+    for row in sorted(rows, key=lambda row: metrics.index(row["metric"])):
         values = f"{row['ours']:.8g} | {row['theirs']:.8g} | {row['difference']:.1g} | {row['tolerance']:g}"
         lines.append(f"| {row['metric']} | {row['library']} | {values} |")
     return lines
@@ -264,7 +209,7 @@ def main() -> None:
     parser.add_argument("--torch-fidelity", help="folder that it and torchvision were installed to")
     arguments = parser.parse_args()
     libraries = list(LIBRARIES)
-    if not find_torch_fidelity(arguments.torch_fidelity):
+    if not with_torch_fidelity.find_torch_fidelity(arguments.torch_fidelity):
         libraries.remove("torch-fidelity")
     rows = compare(libraries)
     print("\n".join(table(rows)))
