@@ -7,7 +7,8 @@ layer by reduced-rank regression, and the linear path from it to pixels (from th
 texture). So a row takes seconds to a minute, and says what the features hold, not what a trained decoder makes of
 them. All on Imagenette at 224 pixels: fitted on `--train` photographs, which are the bank of the k-NN probe (k = 20,
 cosine, on the mean of normalised latents) too; k-NN on `--validation` photographs, reconstructions on
-`--reconstructions` of them. Finished rows are kept in the results file.
+`--reconstructions` of them. Finished rows are kept in the
+results file, and their tables written into docs/studies.md.
 
     encoders  what each pre-training gives: k-NN of the deep part, and pixels without and with 64 texture channels.
               `random:NAME` is the architecture of NAME with random weights, the control.
@@ -26,6 +27,7 @@ from closed_form import BATCH, PATCH, RIDGE, Grids, Photographs, Survey, texture
 from photographs import DATA, ENCODER, load_photographs, to_pixels
 
 from dinotok import FrozenEncoder
+from dinotok.folders import writing
 from dinotok.lpips import LPIPS
 from dinotok.models.encoders import load_pretrained_encoder
 from dinotok.models.quantizers import CodeCounter, DominantSubspaceQuantizer
@@ -33,6 +35,7 @@ from dinotok.models.tokenizer_model import channels_last_rows
 from dinotok.statistics import StreamingMoments
 
 RESULTS = Path(__file__).parent / "results" / "tokenizer_studies.json"
+PAGE = Path(__file__).parents[1] / "docs" / "studies.md"
 SQUEEZE = DATA / "weights" / "lpips_squeeze_v0.1_fp32.safetensors"
 CODES, MAX_TOKENS = 1024, 20_000
 LAYERS, WIDTHS, SUMS, RANKS = range(5), (16, 32, 64, 128), (1, 2, 4, 8), (4, 8, 16, 32, 64, 128)
@@ -168,17 +171,36 @@ def tables(results: dict) -> dict[str, list[str]]:
             f"{r['error']:.3f} | {r['usage']:.1%} of {CODES} | {r['perplexity']:.0f} | {r['k-NN']:.1%} | {decibel(r)}"
         ),
     }
-    found = {}
+    sizes = results["settings"]
+    found = {
+        "sizes": [f"| {' | '.join(sizes)} |", "|" + "---|" * len(sizes), f"| {' | '.join(map(str, sizes.values()))} |"]
+    }
     for study, rows in results["studies"].items():
         head = [f"| {TITLES[study]} |", "|" + "---|" * (TITLES[study].count(" | ") + 1)]
         found[study] = head + [f"| {row.get('layer', key)} | {cells[study](row)} |" for key, row in rows.items()]
     return found
 
 
+def update_page(results: dict) -> None:
+    """Put the tables into docs/studies.md, each in the place of the one with its head."""
+    lines, found = PAGE.read_text("utf-8").splitlines(), []
+    heads = {table[0]: table for table in tables(results).values()}
+    inside = False
+    for line in lines:
+        inside = inside and line.startswith("|")
+        if line in heads:
+            found += heads[line]
+            inside = True
+        elif not inside:
+            found.append(line)
+    with writing(PAGE) as temporary:
+        temporary.write_text("\n".join(found) + "\n", "utf-8")
+
+
 def save(results: dict) -> None:
-    unfinished = RESULTS.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(results, indent=2) + "\n")
-    os.replace(unfinished, RESULTS)
+    with writing(RESULTS) as temporary:
+        temporary.write_text(json.dumps(results, indent=2) + "\n", "utf-8")
+    update_page(results)
 
 
 @torch.no_grad()
@@ -188,12 +210,12 @@ def main() -> None:
     known = [str(ENCODER), "dinotok-tiny-encoder", f"random:{ENCODER}"]
     parser.add_argument("--encoders", nargs="+", default=known, help="folders, repositories, random:NAME")
     parser.add_argument("--encoder", default=str(ENCODER), help="of the other studies")
-    parser.add_argument("--train", type=int, default=200)
-    parser.add_argument("--validation", type=int, default=200)
-    parser.add_argument("--reconstructions", type=int, default=16)
+    parser.add_argument("--train", type=int, default=100)
+    parser.add_argument("--validation", type=int, default=100)
+    parser.add_argument("--reconstructions", type=int, default=8)
     arguments = parser.parse_args()
-    settings = {key: getattr(arguments, key) for key in ("train", "validation", "reconstructions")}
-    settings["encoder"] = short_name(arguments.encoder)
+    sizes = {"fitted on": "train", "k-NN of": "validation", "reconstructed": "reconstructions"}
+    settings = {"encoder": short_name(arguments.encoder)} | {key: getattr(arguments, sizes[key]) for key in sizes}
     results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"settings": settings, "studies": {}}
     if results["settings"] != settings:
         raise SystemExit(f"{RESULTS} has rows for {results['settings']}, not {settings}: move it away.")

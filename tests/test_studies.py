@@ -25,13 +25,22 @@ def benchmark(monkeypatch):
 def test_tables_of_the_page_are_the_committed_results(benchmark):
     results = json.loads((RESULTS / "tokenizer_studies.json").read_text("utf-8"))
     page = (ROOT / "docs" / "studies.md").read_text("utf-8")
-    for study, table in benchmark("tokenizer_studies").tables(results).items():
-        assert len(table) > 2, study
-        assert "\n".join(table) in page, study
-    settings = results["settings"]
-    assert f"{settings['train']} training photographs" in page
-    assert f"{settings['validation']} validation photographs" in page
-    assert f"{settings['reconstructions']} of them" in page
+    studies = benchmark("tokenizer_studies")
+    assert set(results["studies"]) <= set(studies.TITLES)
+    for study, table in studies.tables(results).items():
+        assert len(table) > 2 and "\n".join(table) + "\n\n" in page, study
+
+
+def test_the_page_is_written_anew_with_the_results(benchmark, tmp_path, monkeypatch):
+    studies = benchmark("tokenizer_studies")
+    monkeypatch.setattr(studies, "PAGE", tmp_path / "studies.md")
+    head = f"| {studies.TITLES['rank']} |"
+    studies.PAGE.write_text(f"Before\n\n{head}\n|---|\n| old |\n\nAfter\n\n| other |\n")
+    row = {"error": 0.5, "usage": 1.0, "perplexity": 900.0, "k-NN": 0.75, "psnr": 20.0, "psnr_pooled": 19.0}
+    studies.update_page({"settings": {"encoder": "x"}, "studies": {"rank": {"8": row}}})
+    text = studies.PAGE.read_text()
+    expected = "| 8 | 0.500 | 100.0% of 1024 | 900 | 75.0% | 20.00 (19.00) dB |"
+    assert text == f"Before\n\n{head}\n|---|---|---|---|---|---|\n{expected}\n\nAfter\n\n| other |\n"
 
 
 @pytest.mark.parametrize(("channels", "layer"), [(8, 1), (0, 0)])
