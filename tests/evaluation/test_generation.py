@@ -17,7 +17,7 @@ from dinotok.evaluation.passes import PassOptions, remove_parts
 from dinotok.evaluation.reference import make_statistics
 from dinotok.evaluation.sample_packs import SamplePack, write_sample_pack
 from tests.conftest import save_tiny_encoder
-from tests.evaluation.test_statistics import ColorFeatures, features
+from tests.evaluation.test_statistics import ColorFeatures, features, torchrun
 from tests.tiny_pipelines import tiny_dit_pipeline
 from tests.tiny_tokenizers import save_picture
 
@@ -245,6 +245,32 @@ def test_the_command_draws_samples_of_a_pipeline_and_keeps_them_when_it_fails(pi
     assert report["model_digest"].startswith("sha256:") and report["class_name"] == "DINOTokDiTPipeline"
     assert SamplePack(tmp_path / "out" / "samples.npz").count == 5
     assert "already" in CliRunner().invoke(app, call).output
+
+
+@pytest.mark.slow
+def test_two_processes_draw_the_samples_of_one(pipeline, folder, tmp_path):
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    encoder = f"encoder:{save_tiny_encoder(tmp_path / 'tiny-dino', seed=0)}"
+    reference = tmp_path / "reference.safetensors"
+    shared = ["--extractor", encoder, "--allow-few-pictures"]
+    torchrun(1, "statistics", "--dataset", folder, "--output", reference, "--resolution", 32, *shared)
+    for processes in (1, 2):
+        call = ["generation", "--model", tmp_path / "pipeline", "--num-images", 5, "--num-inference-steps", 2]
+        call += [
+            "--batch-size",
+            2,
+            "--shard-size",
+            2,
+            "--statistics",
+            reference,
+            "--output",
+            tmp_path / f"{processes}",
+        ]
+        torchrun(processes, *call, *shared)
+    one, two = ((tmp_path / f"{processes}") for processes in (1, 2))
+    assert (one / "samples.npz").read_bytes() == (two / "samples.npz").read_bytes()
+    one, two = (json.loads((output / "evaluation.json").read_text()) for output in (one, two))
+    assert one["metrics"] == two["metrics"] and two["processes"] == 2
 
 
 # Hostile inputs

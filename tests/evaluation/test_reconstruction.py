@@ -2,8 +2,6 @@
 
 import json
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -23,7 +21,7 @@ from dinotok.lpips import LPIPS
 from dinotok.metrics import ReconstructionMetrics, fid
 from dinotok.models.quantizers import CodeCounter
 from tests.conftest import save_tiny_encoder
-from tests.evaluation.test_statistics import ColorFeatures
+from tests.evaluation.test_statistics import ColorFeatures, torchrun
 from tests.tiny_tokenizers import save_picture, tiny_discrete_tokenizer, tiny_tokenizer
 
 OPTIONS = PassOptions(batch_size=2, shard_size=4)
@@ -180,14 +178,12 @@ def test_tensors_of_another_range_or_shape_are_refused():
 def test_two_processes_give_the_numbers_of_one(folder, tmp_path):
     tiny_discrete_tokenizer().save_pretrained(tmp_path / "model")
     encoder = save_tiny_encoder(tmp_path / "tiny-dino", seed=0)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--no-python", "--nproc-per-node"]
-    start = [sys.executable, "-c", "from dinotok.cli import main; main()", "evaluate", "reconstruction"]
     reports = []
     for processes in (1, 2):
         output = tmp_path / f"{processes}"
-        call = [*launcher, processes, *start, "--model", tmp_path / "model", "--dataset", folder, "--split", "train"]
+        call = ["reconstruction", "--model", tmp_path / "model", "--dataset", folder, "--split", "train"]
         call += ["--resolution", 32, "--output", output, "--extractor", f"encoder:{encoder}", "--shard-size", 2]
-        subprocess.run([str(word) for word in [*call, "--allow-few-pictures"]], check=True, timeout=600)
+        torchrun(processes, *call, "--allow-few-pictures")
         reports.append(json.loads((output / "evaluation.json").read_text()))
     assert [report.pop("processes") for report in reports] == [1, 2]
     assert reports[0] == reports[1]
