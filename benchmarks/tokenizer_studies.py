@@ -182,17 +182,14 @@ def tables(results: dict) -> dict[str, list[str]]:
 
 
 def update_page(results: dict) -> None:
-    """Put the tables into docs/studies.md, each in the place of the one with its head."""
-    lines, found = PAGE.read_text("utf-8").splitlines(), []
-    heads = {table[0]: table for table in tables(results).values()}
-    inside = False
-    for line in lines:
+    """Put the tables into docs/studies.md, each below its `<!-- name -->`, in place of the one that is there."""
+    found, inside = [], False
+    wanted = {f"<!-- {name} -->": table for name, table in tables(results).items()}
+    for line in PAGE.read_text("utf-8").splitlines():
         inside = inside and line.startswith("|")
-        if line in heads:
-            found += heads[line]
-            inside = True
-        elif not inside:
-            found.append(line)
+        if not inside:
+            found += [line, *wanted.get(line, [])]
+            inside = line in wanted
     with writing(PAGE) as temporary:
         temporary.write_text("\n".join(found) + "\n", "utf-8")
 

@@ -34,13 +34,13 @@ def test_tables_of_the_page_are_the_committed_results(benchmark):
 def test_the_page_is_written_anew_with_the_results(benchmark, tmp_path, monkeypatch):
     studies = benchmark("tokenizer_studies")
     monkeypatch.setattr(studies, "PAGE", tmp_path / "studies.md")
-    head = f"| {studies.TITLES['rank']} |"
-    studies.PAGE.write_text(f"Before\n\n{head}\n|---|\n| old |\n\nAfter\n\n| other |\n")
+    studies.PAGE.write_text("Before\n<!-- rank -->\n| head |\n| old |\n\nAfter\n\n<!-- fusion -->\n| other |\n")
     row = {"error": 0.5, "usage": 1.0, "perplexity": 900.0, "k-NN": 0.75, "psnr": 20.0, "psnr_pooled": 19.0}
     studies.update_page({"settings": {"encoder": "x"}, "studies": {"rank": {"8": row}}})
-    text = studies.PAGE.read_text()
-    expected = "| 8 | 0.500 | 100.0% of 1024 | 900 | 75.0% | 20.00 (19.00) dB |"
-    assert text == f"Before\n\n{head}\n|---|---|---|---|---|---|\n{expected}\n\nAfter\n\n| other |\n"
+    line = "| 8 | 0.500 | 100.0% of 1024 | 900 | 75.0% | 20.00 (19.00) dB |"
+    table = f"| {studies.TITLES['rank']} |\n|---|---|---|---|---|---|\n{line}"
+    text = f"Before\n<!-- rank -->\n{table}\n\nAfter\n\n<!-- fusion -->\n| other |\n"
+    assert studies.PAGE.read_text() == text
 
 
 @pytest.mark.parametrize(("channels", "layer"), [(8, 1), (0, 0)])
@@ -91,7 +91,7 @@ def test_ranks_order_the_error_of_the_codes(benchmark):
     assert 1 > errors[0] > errors[1] > errors[2] > 0
 
 
-# Agreement with other libraries
+# Agreement with other libraries, and what it costs
 
 
 def test_no_number_was_further_from_another_librarys_than_its_tolerance(benchmark):
@@ -101,6 +101,12 @@ def test_no_number_was_further_from_another_librarys_than_its_tolerance(benchmar
     assert all(row["difference"] <= row["tolerance"] <= 1e-4 for row in rows)
     page = (ROOT / "docs" / "evaluation.md").read_text("utf-8")
     assert "\n".join(agreement.table(rows)) in page
+
+
+def test_what_an_evaluation_costs_is_what_was_measured(benchmark):
+    rows = json.loads((RESULTS / "evaluation_overhead.json").read_text("utf-8"))
+    page = (ROOT / "docs" / "evaluation.md").read_text("utf-8")
+    assert "\n".join(benchmark("evaluation_overhead").table(rows)) in page
 
 
 def test_numbers_are_those_of_the_other_libraries_again(benchmark):
