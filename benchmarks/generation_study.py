@@ -19,7 +19,6 @@ Finished rows are kept in the results file, under the name; a pipeline that chan
 
 import argparse
 import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -28,15 +27,16 @@ from pathlib import Path
 import numpy as np
 import torch
 from photographs import DATA, ENCODER, load_photographs, to_pixels
-from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import interpolate
 from tqdm import tqdm
 
 from dinotok import FrozenEncoder
 from dinotok.evaluation.feature_statistics import Gaussian, frechet_distance
+from dinotok.folders import writing
 from dinotok.generation import TOKENIZER_COMPONENTS, PipelineFiles, draw_pictures, find_pipeline
 from dinotok.inception import InceptionFeatures
+from dinotok.pictures import SheetEntry, sheet
 from dinotok.probes import knn_accuracy
 
 RESULTS = Path(__file__).parent / "results" / "generation_study.json"
@@ -82,10 +82,9 @@ class Reference:
             self.pictures[name] = interpolate(pictures, size=size, mode="bicubic", antialias=True)
             file = cache / f"{name}-{count}-{size[0]}x{size[1]}.safetensors"
             if not file.is_file():
-                cache.mkdir(parents=True, exist_ok=True)
                 features = judge.describe(self.pictures[name], f"{name} photographs", inception=name != "bank")
-                save_file(features, file.with_suffix(".unfinished"))
-                os.replace(file.with_suffix(".unfinished"), file)
+                with writing(file) as temporary:
+                    save_file(features, temporary)
             self.features[name] = load_file(file)
 
     def accuracy(self, features: dict[str, torch.Tensor], labels: torch.Tensor) -> float:
@@ -174,21 +173,14 @@ def write_sheet(pipeline, options: dict, path: Path) -> None:
     """All classes, a row each, with the same seeds."""
     names = pipeline.config.id2label or {}
     classes = range(pipeline.transformer.config.num_classes)
-    wanted = [(index, seed) for index in classes for seed in range(SHEET_SEEDS)]
-    ids, seeds = zip(*wanted, strict=True)
+    ids, seeds = zip(*((index, seed) for index in classes for seed in range(SHEET_SEEDS)), strict=True)
     pictures = list(draw_pictures(pipeline, ids, seeds, BATCH, options))
-    (width, height), margin, font = pictures[0].size, 130, ImageFont.load_default(size=15)
-    canvas = Image.new("RGB", (margin + SHEET_SEEDS * width, len(classes) * height), "white")
-    draw = ImageDraw.Draw(canvas)
-    for (index, seed), picture in zip(wanted, pictures, strict=True):
-        canvas.paste(picture, (margin + seed * width, index * height))
-    for index in classes:
-        name = names.get(str(index), str(index)).split(",")[0]
-        draw.text((6, index * height + height // 2 - 8), name[:17], fill="black", font=font)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    canvas.save(unfinished, format="JPEG", quality=88)
-    os.replace(unfinished, path)
+    rows = [
+        SheetEntry([names.get(str(index), str(index))], pictures[index * SHEET_SEEDS : (index + 1) * SHEET_SEEDS])
+        for index in classes
+    ]
+    with writing(path) as temporary:
+        sheet([f"seed {seed}" for seed in range(SHEET_SEEDS)], rows).save(temporary, format="JPEG", quality=88)
 
 
 def write_table(results: dict, path: Path) -> None:
@@ -214,10 +206,8 @@ def write_table(results: dict, path: Path) -> None:
 
 
 def save(results: dict, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(results, indent=2) + "\n")
-    os.replace(unfinished, path)
+    with writing(path) as temporary:
+        temporary.write_text(json.dumps(results, indent=2) + "\n")
     write_table(results, path)
 
 

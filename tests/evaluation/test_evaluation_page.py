@@ -18,6 +18,7 @@ def test_commands_and_snippets_of_the_page_run_in_order(tmp_path, monkeypatch):
     run_commands("docs/evaluation.md")
     for folder in ("reconstruction", "generation", "probe"):
         assert {path.name for path in (tmp_path / folder).iterdir()} == {"evaluation.json", "model-index.md"}
+    assert (tmp_path / "latents" / "latents.png").is_file()
     names = {"samples": torch.zeros(6, 3, 8, 8, dtype=torch.uint8), "features": ColorFeatures()}
     for snippet in blocks("docs/evaluation.md", "python"):
         run_snippet(snippet, names)

@@ -6,22 +6,20 @@ import math
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
 from typer.testing import CliRunner
 
-from dinotok import DINOTokDiTPipeline
 from dinotok.cli import app
 from dinotok.data import load_pictures
 from dinotok.evaluation.distances import inception_score, kernel_distance, precision_recall
 from dinotok.evaluation.extractors import from_module
-from dinotok.evaluation.generation import evaluate_generation, generated_batches
-from dinotok.evaluation.passes import PassOptions
+from dinotok.evaluation.generation import draw_sample_pack, evaluate_generation, generated_batches
+from dinotok.evaluation.passes import PassOptions, remove_parts
 from dinotok.evaluation.reference import make_statistics
 from dinotok.evaluation.sample_packs import SamplePack, write_sample_pack
 from tests.conftest import save_tiny_encoder
-from tests.evaluation.test_statistics import ColorFeatures, features
-from tests.pipelines.test_class_conditional_diffusion import tiny_transformer
-from tests.tiny_tokenizers import save_picture, tiny_tokenizer
+from tests.evaluation.test_statistics import ColorFeatures, features, torchrun
+from tests.tiny_pipelines import tiny_dit_pipeline
+from tests.tiny_tokenizers import save_picture
 
 
 class Everything(ColorFeatures):
@@ -181,23 +179,153 @@ def load_rows(folder):
     return load_pictures(str(folder)).cast_column("image", Image())
 
 
-def test_the_command_draws_samples_of_a_pipeline_whatever_the_batch(folder, tmp_path):
-    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
-    pipeline = DINOTokDiTPipeline(tiny_transformer(), tiny_tokenizer(), scheduler)
+@pytest.fixture(scope="module")
+def pipeline():
+    pipeline = tiny_dit_pipeline()
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def test_killed_sampling_goes_on_and_gives_the_same_samples(pipeline, tmp_path):
+    options, arguments = PassOptions(2, shard_size=4), {"num_inference_steps": 1, "seed": 7}
+
+    def draw(name, **others):
+        call = arguments | others
+        return draw_sample_pack(pipeline, tmp_path / f"{name}.npz", 9, tmp_path / name, options, **call)
+
+    straight = draw("straight")
+    (whole,) = generated_batches(pipeline, 9, 9, **arguments)
+    found = torch.cat(list(straight.batches(4)))
+    assert (found.int() - whole.int()).abs().max() <= 1
+    calls = []
+
+    def interrupt(*_):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+
+    hook = pipeline.transformer.register_forward_hook(interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            draw("killed")
+        resumed = draw("killed")
+        assert len(calls) == 4 + 3  # two batches of the first shard are not drawn again, of five
+        assert resumed.path.read_bytes() == straight.path.read_bytes()
+        draw("killed")
+    finally:
+        hook.remove()
+    assert len(calls) == 4 + 3
+    with pytest.raises(ValueError, match="another evaluation, with another seed"):
+        draw("killed", seed=8)
+    remove_parts(tmp_path / "killed")
+    with pytest.raises(ValueError, match="already"):
+        draw("killed")
+
+
+def test_the_command_draws_samples_of_a_pipeline_and_keeps_them_when_it_fails(pipeline, folder, tmp_path):
     pipeline.save_pretrained(tmp_path / "pipeline")
     encoder = f"encoder:{save_tiny_encoder(tmp_path / 'tiny-dino', seed=0)}"
     reference = str(tmp_path / "reference.safetensors")
-    shared = ["--extractor", encoder, "--allow-few-pictures"]
+    shared = ["--extractor", encoder]
     call = ["evaluate", "statistics", "--dataset", str(folder), "--output", reference, "--resolution", "32", *shared]
-    assert CliRunner().invoke(app, call).exit_code == 0
+    assert CliRunner().invoke(app, [*call, "--allow-few-pictures"]).exit_code == 0
     call = ["evaluate", "generation", "--model", tmp_path / "pipeline", "--num-images", 5, "--num-inference-steps", 2]
     call += ["--batch-size", 2, "--seed", 7, "--statistics", reference, "--output", tmp_path / "out", *shared]
-    result = CliRunner().invoke(app, list(map(str, call)))
+    call = list(map(str, call))
+    refused = CliRunner().invoke(app, call)
+    assert refused.exit_code == 2 and "samples are 5 pictures" in refused.output
+    drawn = (tmp_path / "out" / "samples.npz").stat().st_mtime_ns
+    result = CliRunner().invoke(app, [*call, "--allow-few-pictures"])
     assert result.exit_code == 0, f"{result.output}{result.exception}"
+    assert (tmp_path / "out" / "samples.npz").stat().st_mtime_ns == drawn
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"evaluation.json", "model-index.md", "samples.npz"}
     report = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert report["sampling"] == {"seed": 7, "num_images": 5, "guidance_scale": 1.0, "num_inference_steps": 2}
-    (drawn,) = SamplePack(tmp_path / "out" / "samples.npz").batches(5)
-    pipeline.set_progress_bar_config(disable=True)
-    (whole,) = generated_batches(pipeline, 5, 5, seed=7, num_inference_steps=2, height=32, width=32)
-    assert (drawn.int() - whole.int()).abs().max() <= 1
-    assert "already" in CliRunner().invoke(app, list(map(str, call))).output
+    assert report["model_digest"].startswith("sha256:") and report["class_name"] == "DINOTokDiTPipeline"
+    assert SamplePack(tmp_path / "out" / "samples.npz").count == 5
+    assert "already" in CliRunner().invoke(app, call).output
+
+
+@pytest.mark.slow
+def test_two_processes_draw_the_samples_of_one(pipeline, folder, tmp_path):
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    encoder = f"encoder:{save_tiny_encoder(tmp_path / 'tiny-dino', seed=0)}"
+    reference = tmp_path / "reference.safetensors"
+    shared = ["--extractor", encoder, "--allow-few-pictures"]
+    torchrun(1, "statistics", "--dataset", folder, "--output", reference, "--resolution", 32, *shared)
+    for processes in (1, 2):
+        call = ["generation", "--model", tmp_path / "pipeline", "--num-images", 5, "--num-inference-steps", 2]
+        call += [
+            "--batch-size",
+            2,
+            "--shard-size",
+            2,
+            "--statistics",
+            reference,
+            "--output",
+            tmp_path / f"{processes}",
+        ]
+        torchrun(processes, *call, *shared)
+    one, two = ((tmp_path / f"{processes}") for processes in (1, 2))
+    assert (one / "samples.npz").read_bytes() == (two / "samples.npz").read_bytes()
+    one, two = (json.loads((output / "evaluation.json").read_text()) for output in (one, two))
+    assert one["metrics"] == two["metrics"] and two["processes"] == 2
+
+
+# Hostile inputs
+
+
+def test_constant_and_duplicated_samples_have_finite_numbers(folder, tmp_path):
+    dataset, extractor = load_pictures(str(folder)), from_module(Everything())
+    statistics = make_statistics(dataset, extractor, 24, tmp_path / "reference", keep_features=True)
+    write_sample_pack(tmp_path / "constant.npz", [torch.full((8, 3, 24, 24), 90, dtype=torch.uint8)], 8)
+    write_sample_pack(tmp_path / "twice.npz", [images(4, 1), images(4, 1)], 8)
+    results = {}
+    for name, distinct in (("constant", 1), ("twice", 4)):
+        pack = SamplePack(tmp_path / f"{name}.npz")
+        result = evaluate_generation(pack, extractor, statistics, tmp_path / name, PassOptions(3))
+        assert all(math.isfinite(value) for value in result["metrics"].values())
+        assert result["pictures"]["pictures"]["distinct"] == distinct
+        results[name] = result["metrics"]
+    assert results["constant"]["inception_score"] == pytest.approx(1)
+    gaussian = statistics.gaussians["features"]
+    point = extractor(torch.full((1, 3, 24, 24), 90, dtype=torch.uint8))["features"][0].double()
+    expected = (gaussian.mean - point).square().sum() + gaussian.covariance.trace()
+    assert results["constant"]["FD-Everything"] == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_one_sample_and_what_is_no_picture_are_named(folder, tmp_path):
+    extractor = from_module(ColorFeatures())
+    statistics = make_statistics(load_pictures(str(folder)), extractor, 24, tmp_path / "reference")
+    write_sample_pack(tmp_path / "one.npz", [images(1, 0)], 1)
+    with pytest.raises(ValueError, match="at least 2 pictures, got 1"):
+        evaluate_generation(
+            SamplePack(tmp_path / "one.npz"), extractor, statistics, tmp_path / "one", allow_few_pictures=True
+        )
+    (folder / "notes.txt").write_text("not a picture")
+    found = evaluate_generation(load_pictures(str(folder)), extractor, statistics, tmp_path / "with-notes")
+    assert found["pictures"]["count"] == 9 and found["metrics"]["FD-ColorFeatures"] == pytest.approx(0, abs=1e-9)
+    (folder / "damaged.png").write_bytes(b"not a picture")
+    with pytest.raises(ValueError, match="damaged.png|could not be read"):
+        evaluate_generation(load_pictures(str(folder)), extractor, statistics, tmp_path / "damaged")
+
+
+def test_features_that_are_nan_and_samples_of_another_range_are_refused(folder, tmp_path):
+    statistics = make_statistics(load_pictures(str(folder)), from_module(ColorFeatures()), 24, tmp_path / "reference")
+
+    class NotANumber(ColorFeatures):
+        def forward(self, images):
+            return super().forward(images) * math.nan
+
+    write_sample_pack(tmp_path / "samples.npz", [images(8, 0)], 8)
+    with pytest.raises(ValueError, match="NaN"):
+        evaluate_generation(
+            SamplePack(tmp_path / "samples.npz"),
+            from_module(NotANumber(), "ColorFeatures"),
+            statistics,
+            tmp_path / "nan",
+        )
+    for values in (images(2, 0) / 127.5 - 1, images(2, 0).int(), images(2, 0)[:, :1]):
+        with pytest.raises(ValueError, match=r"expected uint8 \(B, 3, H, W\)"):
+            write_sample_pack(tmp_path / "float.npz", [values], 2)

@@ -15,13 +15,13 @@ from dinotok.cli import app
 from dinotok.data import PictureLoader, PictureTransform, load_pictures, to_pixels
 from dinotok.evaluation.extractors import from_module
 from dinotok.evaluation.passes import PassOptions
-from dinotok.evaluation.reconstruction import evaluate_reconstruction
+from dinotok.evaluation.reconstruction import ReconstructionMeasure, evaluate_reconstruction
 from dinotok.evaluation.reference import make_statistics
 from dinotok.lpips import LPIPS
 from dinotok.metrics import ReconstructionMetrics, fid
 from dinotok.models.quantizers import CodeCounter
 from tests.conftest import save_tiny_encoder
-from tests.evaluation.test_statistics import ColorFeatures
+from tests.evaluation.test_statistics import ColorFeatures, torchrun
 from tests.tiny_tokenizers import save_picture, tiny_discrete_tokenizer, tiny_tokenizer
 
 OPTIONS = PassOptions(batch_size=2, shard_size=4)
@@ -133,6 +133,60 @@ def test_a_model_that_answers_nan_and_a_size_that_does_not_fit_are_named(folder,
     model.decoder.conv_out.bias.data.fill_(math.nan)
     with pytest.raises(ValueError, match="NaN"):
         evaluate_reconstruction(model, dataset, 32, tmp_path / "nan")
+
+
+def test_duplicates_count_as_often_as_they_come(folder, tmp_path):
+    model, dataset = tiny_tokenizer(), load_pictures(str(folder))
+    results = [
+        evaluate_reconstruction(model, dataset.select(rows), 32, tmp_path / f"{number}")
+        for number, rows in enumerate(([0], [5], [0, 5, 5]))
+    ]
+    first, second, both = (result["metrics"]["psnr"] for result in results)
+    assert both == pytest.approx((first + 2 * second) / 3)
+    assert results[2]["pictures"]["count"] == 3 and results[2]["pictures"]["pictures"]["distinct"] == 2
+
+
+def test_what_is_no_picture_is_left_out_or_named(folder, tmp_path):
+    (folder / "notes.txt").write_text("not a picture")
+    (folder / "damaged.png").write_bytes(b"not a picture")
+    model, dataset = tiny_tokenizer(), load_pictures(str(folder))
+    with pytest.raises(ValueError, match="damaged.png|could not be read"):
+        evaluate_reconstruction(model, dataset, 32, tmp_path / "refused")
+    options = PassOptions(max_skipped_share=0.1)
+    tolerated = evaluate_reconstruction(model, dataset, 32, tmp_path / "tolerated", options)
+    assert tolerated["pictures"]["count"] == 9 and tolerated["pictures"]["skipped"] == 1
+
+
+def test_tensors_of_another_range_or_shape_are_refused():
+    measure = ReconstructionMeasure(tiny_tokenizer())
+    images = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
+    assert set(measure(images)) == {"psnr", "ssim", "mean_squared_error"}
+    for values, message in (
+        (images / 255, "expected torch.uint8"),
+        (images.int(), "expected torch.uint8"),
+        (images[:, :1], r"shape \(B, 3, H, W\)"),
+        (images[0], r"shape \(B, 3, H, W\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            measure(values)
+
+
+# Two processes
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_numbers_of_one(folder, tmp_path):
+    tiny_discrete_tokenizer().save_pretrained(tmp_path / "model")
+    encoder = save_tiny_encoder(tmp_path / "tiny-dino", seed=0)
+    reports = []
+    for processes in (1, 2):
+        output = tmp_path / f"{processes}"
+        call = ["reconstruction", "--model", tmp_path / "model", "--dataset", folder, "--split", "train"]
+        call += ["--resolution", 32, "--output", output, "--extractor", f"encoder:{encoder}", "--shard-size", 2]
+        torchrun(processes, *call, "--allow-few-pictures")
+        reports.append(json.loads((output / "evaluation.json").read_text()))
+    assert [report.pop("processes") for report in reports] == [1, 2]
+    assert reports[0] == reports[1]
 
 
 # The command

@@ -111,16 +111,21 @@ def test_statistics_are_those_of_the_cropped_pictures(folder, tmp_path):
     assert made.recipe["pictures"]["distinct"] == made.recipe["count"] == 9
 
 
+def torchrun(processes: int, *arguments) -> None:
+    """Run `dinotok evaluate` in processes of their own."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--no-python"]
+    start = [sys.executable, "-c", "from dinotok.cli import main; main()", "evaluate"]
+    call = [*launcher, "--nproc-per-node", processes, *start, *arguments]
+    subprocess.run([str(word) for word in call], check=True, timeout=600)
+
+
 @pytest.mark.slow
 def test_two_processes_write_the_statistics_of_one(folder, tmp_path):
     encoder = save_tiny_encoder(tmp_path / "tiny-dino", seed=0)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--no-python", "--nproc-per-node"]
-    start = [sys.executable, "-c", "from dinotok.cli import main; main()", "evaluate", "statistics"]
-    for processes in ("1", "2"):
+    for processes in (1, 2):
         output = tmp_path / f"{processes}.safetensors"
         options = ["--dataset", folder, "--output", output, "--extractor", f"encoder:{encoder}", "--shard-size", 2]
-        call = [*launcher, processes, *start, *options, "--resolution", 32, "--allow-few-pictures"]
-        subprocess.run([str(word) for word in call], check=True, timeout=120)
+        torchrun(processes, "statistics", *options, "--resolution", 32, "--allow-few-pictures")
     assert FeatureStatistics.load(tmp_path / "1.safetensors").digest() == FeatureStatistics.load(output).digest()
 
 

@@ -13,10 +13,19 @@ from ..picture_rows import picture_sizes
 from .distances import KID_SUBSET_SIZE, KID_SUBSETS, inception_score, kernel_distance, precision_recall
 from .extractors import Extractor
 from .feature_statistics import FeatureStatistics, frechet_distance
-from .passes import MeasuredRows, PassOptions, measure_batches, measure_pictures
+from .passes import (
+    MeasuredRows,
+    PassOptions,
+    measure_batches,
+    measure_pictures,
+    rank_and_processes,
+    wait_for_all,
+)
 from .reconstruction import check_counts
 from .reference import statistics_of_rows
-from .sample_packs import SamplePack
+from .sample_packs import SamplePack, write_sample_pack
+
+_SAMPLES = "samples"
 
 
 def evaluate_generation(
@@ -27,8 +36,6 @@ def evaluate_generation(
     options: PassOptions | None = None,
     *,
     allow_few_pictures: bool = False,
-    rank: int = 0,
-    world_size: int = 1,
 ) -> dict[str, Any]:
     """Compare samples with reference statistics.
 
@@ -40,8 +47,6 @@ def evaluate_generation(
         folder: Of partial results; see `measure_pictures`.
         options: Of the pass.
         allow_few_pictures: Compute Fréchet distances of too few pictures, and say so under `warnings`.
-        rank: Of this process.
-        world_size: Processes that share the work.
 
     Returns:
         `metrics`, `pictures` and `warnings`. The Fréchet distance always; `sFID` and `inception_score` where the
@@ -52,7 +57,7 @@ def evaluate_generation(
     """
     resolution = statistics.recipe.get("resolution", 0)
     statistics.check(resolution, extractor.describe())
-    rows = _measure(samples, resolution, extractor, folder, options or PassOptions(), rank, world_size)
+    rows = _measure(samples, resolution, extractor, folder, options or PassOptions())
     made = statistics_of_rows(rows, {}, keep_features=statistics.features is not None)
     warnings = check_counts({"samples": made, "references": statistics}, allow_few_pictures)
     metrics = {}
@@ -71,7 +76,7 @@ def evaluate_generation(
 
 
 def generated_batches(
-    pipeline: Any, count: int, batch_size: int, seed: int = 0, **arguments: Any
+    pipeline: Any, count: int, batch_size: int, seed: int = 0, first: int = 0, **arguments: Any
 ) -> Iterator[torch.Tensor]:
     """Draw samples of all classes in turn, each from a seed of its own.
 
@@ -79,29 +84,71 @@ def generated_batches(
         pipeline: A `DINOTokDiTPipeline` or `DINOTokARPipeline`.
         count: Samples; equally many of every class if it is a multiple of their number.
         batch_size: Samples at a time; it does not change them.
-        seed: Of the first sample; the next has `seed + 1`.
+        seed: Of sample 0; the next has `seed + 1`.
+        first: Number of the sample to begin with.
         **arguments: Of the pipeline's call, such as `guidance_scale`.
 
     Yields:
         uint8 `(B, 3, H, W)`.
     """
     num_classes = pipeline.transformer.config.num_classes
-    for first in range(0, count, batch_size):
-        numbers = range(first, min(first + batch_size, count))
+    for start in range(first, first + count, batch_size):
+        numbers = range(start, min(start + batch_size, first + count))
         labels, seeds = [number % num_classes for number in numbers], [seed + number for number in numbers]
         pictures = draw_pictures(pipeline, labels, seeds, batch_size, arguments)
         yield torch.stack([torch.from_numpy(np.array(picture)).permute(2, 0, 1) for picture in pictures])
 
 
-def _measure(
-    samples: Any,
-    resolution: int,
-    extractor: Extractor,
+def draw_sample_pack(
+    pipeline: Any,
+    path: Path,
+    count: int,
     folder: Path,
-    options: PassOptions,
-    rank: int,
-    world_size: int,
-) -> MeasuredRows:
+    options: PassOptions | None = None,
+    *,
+    identity: dict[str, Any] | None = None,
+    seed: int = 0,
+    **arguments: Any,
+) -> SamplePack:
+    """Draw the samples of `generated_batches` into a pack; what an earlier, interrupted call drew is not drawn again.
+
+    Under `torch.distributed` the processes share the work.
+
+    Args:
+        pipeline: As there.
+        path: Of the `.npz` file; it is written once, when all samples are there.
+        count: As there.
+        folder: Of the samples until then, in files of `options.shard_size`. It stays: delete it by `remove_parts` when
+            the pack has been used.
+        options: Batch size and samples per file.
+        identity: What the samples depend on beyond the arguments, such as the pipeline's digest.
+        seed: As there.
+        **arguments: As there.
+
+    Returns:
+        The pack.
+
+    Raises:
+        ValueError: If the pack is there already, and the folder does not say that it is this one; or the folder is of
+            other samples.
+    """
+    options = options or PassOptions()
+    if path.exists() and not folder.exists():
+        raise ValueError(f"There are samples in {str(path)!r} already: evaluate them by --samples, or delete them.")
+    key = {"pipeline": identity, "seed": seed, "arguments": arguments, "torch": torch.__version__}
+
+    def read(start: int, stop: int) -> Iterator[dict[str, Any]]:
+        batches = generated_batches(pipeline, stop - start, options.batch_size, seed, start, **arguments)
+        return ({"pixel_values": batch} for batch in batches)
+
+    rows = measure_batches(count, read, lambda images: {_SAMPLES: images}, folder, key, options)
+    if rank_and_processes()[0] == 0 and not path.exists():
+        write_sample_pack(path, rows.batches(_SAMPLES), count)
+    wait_for_all()
+    return SamplePack(path)
+
+
+def _measure(samples: Any, resolution: int, extractor: Extractor, folder: Path, options: PassOptions) -> MeasuredRows:
     identity = {"extractor": extractor.describe(), "resolution": resolution, "torch": torch.__version__}
     if isinstance(samples, SamplePack):
         _check_sizes([(samples.height, samples.width)], resolution)
@@ -111,10 +158,10 @@ def _measure(
         def read(start: int, stop: int) -> Iterator[dict[str, Any]]:
             return ({"pixel_values": batch} for batch in samples.batches(options.batch_size, start, stop))
 
-        return measure_batches(samples.count, read, extractor, folder, identity, options, rank, world_size)
+        return measure_batches(samples.count, read, extractor, folder, identity, options)
     _check_sizes(picture_sizes(samples, "image"), resolution)
     identity |= {"samples": samples._fingerprint}
-    return measure_pictures(samples, resolution, extractor, folder, identity, options, rank, world_size)
+    return measure_pictures(samples, resolution, extractor, folder, identity, options)
 
 
 def _check_sizes(sizes: Sequence[tuple[int, int] | None], resolution: int) -> None:

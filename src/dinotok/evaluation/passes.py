@@ -83,31 +83,36 @@ class MeasuredRows:
 
 
 @contextmanager
-def process_group() -> Iterator[tuple[int, int]]:
-    """Join the other processes of a `torchrun`, if there are any; give rank and number of processes."""
+def process_group() -> Iterator[None]:
+    """Join the other processes of a `torchrun`, if there are any, and leave them at the end."""
     started = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.distributed.is_initialized()
     if started:
         torch.distributed.init_process_group("gloo", timeout=_PATIENCE)
     try:
-        if torch.distributed.is_initialized():
-            yield torch.distributed.get_rank(), torch.distributed.get_world_size()
-        else:
-            yield 0, 1
+        yield
     finally:
         if started:
             torch.distributed.destroy_process_group()
 
 
+def rank_and_processes() -> tuple[int, int]:
+    """Return the rank of this process, and how many share the work."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
+
+
 def wait_for_all() -> None:
     """Wait until all processes have come here."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if rank_and_processes()[1] > 1:
         torch.distributed.barrier()
 
 
 def remove_parts(folder: Path) -> None:
-    """Delete the partial results of a finished pass."""
-    for path in folder.glob("*.safetensors"):
-        path.unlink()
+    """Delete the partial results of a finished pass, and what a killed one left of a file it was writing."""
+    for pattern in ("*.safetensors", ".dinotok-*.tmp"):
+        for path in folder.glob(pattern):
+            path.unlink()
     folder.rmdir()
 
 
@@ -118,10 +123,10 @@ def measure_pictures(
     folder: Path,
     identity: dict[str, Any],
     options: PassOptions,
-    rank: int = 0,
-    world_size: int = 1,
 ) -> MeasuredRows:
     """Measure every picture of a data set once; what an earlier, interrupted call measured is not done again.
+
+    Under `torch.distributed` the processes share the work, and all return when all are done.
 
     Args:
         dataset: From `load_pictures`, not streamed.
@@ -130,8 +135,6 @@ def measure_pictures(
         folder: Of the partial results.
         identity: What numbers depend on; an earlier call with another one is not continued.
         options: See there.
-        rank: Of this process.
-        world_size: Processes that share the work; all return when all are done.
 
     Returns:
         The rows of all pictures, the same on every process.
@@ -152,7 +155,7 @@ def measure_pictures(
             shuffle=False,
         ).once()
 
-    return measure_batches(len(dataset), read, measure, folder, identity, options, rank, world_size)
+    return measure_batches(len(dataset), read, measure, folder, identity, options)
 
 
 def measure_batches(
@@ -162,8 +165,6 @@ def measure_batches(
     folder: Path,
     identity: dict[str, Any],
     options: PassOptions,
-    rank: int = 0,
-    world_size: int = 1,
 ) -> MeasuredRows:
     """Measure pictures from anywhere; otherwise as `measure_pictures`.
 
@@ -174,17 +175,16 @@ def measure_batches(
         folder: As there.
         identity: As there.
         options: As there.
-        rank: As there.
-        world_size: As there.
     """
     if not count:
         raise ValueError("The data set has no pictures.")
     size = options.shard_size
     key = json.dumps({**identity, "rows": count, "shard_size": size}, sort_keys=True, default=str)
+    rank, processes = rank_and_processes()
     starts = range(0, count, size)
     paths = [folder / f"{start:010d}.safetensors" for start in starts]
-    with tqdm(total=count // world_size, unit=" pictures", disable=None if rank == 0 else True) as progress:
-        for start, path in list(zip(starts, paths, strict=True))[rank::world_size]:
+    with tqdm(total=count // processes, unit=" pictures", disable=None if rank == 0 else True) as progress:
+        for start, path in list(zip(starts, paths, strict=True))[rank::processes]:
             stop = min(start + size, count)
             if not _is_done(path, key):
                 rows = _measure_part(read(start, stop), measure)

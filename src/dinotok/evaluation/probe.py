@@ -10,6 +10,7 @@ from ..models.discrete import DiscreteTokenizer
 from ..models.tokenizer_model import TokenizerModel
 from ..probes import knn_accuracy, linear_accuracy
 from ..transcoding import encode_batch
+from .latents import latent_parts
 from .passes import MeasuredRows, PassOptions, Rows, measure_pictures
 from .reference import pass_identity, recipe_of_pictures
 
@@ -30,10 +31,7 @@ def pooled_latents(model: TokenizerModel, images: torch.Tensor) -> Rows:
         the codebooks, of a discrete one. float32, on the CPU.
     """
     latents = encode_batch(model, to_pixels(images))
-    grids = {"both": latents}
-    deep = getattr(model, "deep_channels", None)
-    if deep is not None and deep < latents.shape[1]:
-        grids |= {"deep": latents[:, :deep], "texture": latents[:, deep:]}
+    grids = {"both": latents, **latent_parts(model, latents)}
     if isinstance(model, DiscreteTokenizer):
         grids["quantized"] = model.quantize(latents).latents
     return {name: grid.float().mean((2, 3)).cpu() for name, grid in grids.items()}
@@ -50,8 +48,6 @@ def evaluate_probe(
     identity: dict[str, Any] | None = None,
     num_neighbours: int = 20,
     epochs: int = 20,
-    rank: int = 0,
-    world_size: int = 1,
 ) -> dict[str, Any]:
     """Measure k-NN and linear accuracy of a tokenizer's latents.
 
@@ -65,8 +61,6 @@ def evaluate_probe(
         identity: What the latents depend on beyond the data, such as the model's digest.
         num_neighbours: Voters of the k-NN probe, at most as many as there are pictures to train on.
         epochs: Of the linear probe.
-        rank: Of this process.
-        world_size: Processes that share the work.
 
     Returns:
         `metrics`, named `knn_both`, `linear_both` and so on; `probes`, with the best learning rates; and the pictures
@@ -85,9 +79,7 @@ def evaluate_probe(
             return pooled_latents(model, images)
 
         part = folder / name
-        found.append(
-            measure_pictures(dataset, resolution, measure, part, key, options or PassOptions(), rank, world_size)
-        )
+        found.append(measure_pictures(dataset, resolution, measure, part, key, options or PassOptions()))
     bank, queries = found
     labels = bank.all("labels"), queries.all("labels")
     metrics: dict[str, float] = {}

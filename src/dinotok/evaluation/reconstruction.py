@@ -78,8 +78,6 @@ def evaluate_reconstruction(
     statistics: FeatureStatistics | None = None,
     identity: dict[str, Any] | None = None,
     allow_few_pictures: bool = False,
-    rank: int = 0,
-    world_size: int = 1,
 ) -> dict[str, Any]:
     """Measure a tokenizer on a data set.
 
@@ -94,8 +92,6 @@ def evaluate_reconstruction(
         statistics: The reference; by default the originals after the same crop, as papers do for rFID.
         identity: What the reconstructions depend on beyond the data set, such as the model's digest.
         allow_few_pictures: Compute Fréchet distances of too few pictures, and say so under `warnings`.
-        rank: Of this process.
-        world_size: Processes that share the work.
 
     Returns:
         `metrics`, `codebooks` (of a discrete tokenizer), `pictures` and `warnings`.
@@ -114,7 +110,7 @@ def evaluate_reconstruction(
         "originals": statistics is None,
     }
     measure = ReconstructionMeasure(model, lpips, extractor, statistics is None)
-    rows = measure_pictures(dataset, resolution, measure, folder, identity, options or PassOptions(), rank, world_size)
+    rows = measure_pictures(dataset, resolution, measure, folder, identity, options or PassOptions())
     metrics = _averages(rows)
     warnings = []
     if extractor is not None:

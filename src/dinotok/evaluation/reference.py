@@ -67,8 +67,6 @@ def make_statistics(
     *,
     keep_features: bool = False,
     allow_few_pictures: bool = False,
-    rank: int = 0,
-    world_size: int = 1,
 ) -> FeatureStatistics:
     """Measure a data set's reference statistics.
 
@@ -80,8 +78,6 @@ def make_statistics(
         options: Of the pass.
         keep_features: Keep all rows, for KID, precision and recall.
         allow_few_pictures: Go on with fewer pictures than dimensions + 1, and put a `warning` into the recipe.
-        rank: Of this process.
-        world_size: Processes that share the work.
 
     Returns:
         The same on every process.
@@ -91,9 +87,7 @@ def make_statistics(
             read.
     """
     identity = pass_identity(dataset, resolution, extractor)
-    rows = measure_pictures(
-        dataset, resolution, extractor, folder, identity, options or PassOptions(), rank, world_size
-    )
+    rows = measure_pictures(dataset, resolution, extractor, folder, identity, options or PassOptions())
     recipe = recipe_of_pictures(dataset, resolution, rows) | {"extractor": extractor.describe()}
     statistics = statistics_of_rows(rows, recipe, keep_features=keep_features)
     warning = few_pictures(statistics.count, len(statistics.gaussians["features"].mean), "references")
