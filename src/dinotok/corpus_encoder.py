@@ -12,25 +12,24 @@ from typing import Any
 import torch
 
 from .corpus import Corpus
+from .corpus_files import Row, write_file
 from .corpus_manifests import begin_corpus, begin_files, file_identity, publish, staging, versions
 from .corpus_reading import DecodedSample, ShardReader
 from .corpus_shards import ShardError, class_names, read_shard
 from .data import PictureTransform, to_pixels
 from .folders import FoundFile
 from .hub import find_tokenizer, model_header
-from .latent_caches import DTYPES, LatentCacheDescription, write_latent_shard
+from .latent_caches import DTYPES, LatentCacheDescription
 from .models.discrete import DiscreteTokenizer
 from .picture_order import mix
 from .picture_samples import PictureReader
-from .token_caches import CacheDescription, write_cache_shard
+from .token_caches import CacheDescription
 from .transcoding import encode_batch, indices_of_batch
 
 # As `PictureLoader`: the share of failures is judged as if a shard had at least so many samples.
 _MIN_SEEN = 500
 _MAX_PER_SHARD = 1_000_000
 _DEFAULT_RESOLUTION = 256
-
-Row = tuple[int, int, torch.Tensor]
 
 
 class StageTimes:
@@ -114,7 +113,7 @@ class CorpusEncoder:
             identity = file_identity(source.path)
         found = self._encode_samples(source, view, pictures)
         with self.times.stage("write"), staging(self.corpus.output) as folder:
-            made = self._write(folder, view, pictures, found.rows)
+            made = write_file(folder, self.description, view, pictures, found.rows)
             manifest = {
                 "file": made.name,
                 "view": view,
@@ -210,11 +209,6 @@ class CorpusEncoder:
             else:
                 values = latents = latents.to(DTYPES[options.dtype])
         return values.cpu(), latents.isfinite().flatten(1).all(1).tolist()
-
-    def _write(self, folder: Path, view: int, pictures: range, rows: list[Row]) -> Path:
-        if isinstance(self.description, CacheDescription):
-            return write_cache_shard(folder, self.description, view, pictures, rows)
-        return write_latent_shard(folder, self.description, view, pictures, rows)
 
 
 @dataclass
