@@ -71,7 +71,9 @@ class CorpusEncoder:
 
     def __init__(self, corpus: Corpus, device: str | torch.device | None = None):
         options = corpus.options
-        self._label_column, names = class_names(corpus.shards[0].path, options.label_column, options.classes)
+        self._label_column, names = class_names(
+            [shard.path for shard in corpus.shards], options.label_column, options.classes
+        )
         columns = {"image_column": options.image_column, "label_column": self._label_column}
         sizes = [[shard.name, shard.path.stat().st_size] for shard in corpus.shards]
         begin_corpus(corpus.output, {**columns, "shards": sizes})

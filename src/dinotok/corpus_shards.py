@@ -91,11 +91,13 @@ def read_shard(path: Path, image_column: str, label_column: str | None) -> Itera
         raise error if isinstance(error, ShardError) else ShardError(str(error)) from error
 
 
-def class_names(path: Path, label_column: str | None, classes: str | None = None) -> tuple[str | None, list[str]]:
+def class_names(
+    paths: Sequence[Path], label_column: str | None, classes: str | None = None
+) -> tuple[str | None, list[str]]:
     """Find out whether a corpus has labels, and what its classes are called.
 
     Args:
-        path: One of its shards.
+        paths: Its shards; the first one that says it decides.
         label_column: As in `read_shard`.
         classes: File with the names of the classes in their order, one a line, or their number; None for what a
             parquet file written by `datasets` says.
@@ -104,25 +106,25 @@ def class_names(path: Path, label_column: str | None, classes: str | None = None
         The label column, None if there are no labels; and the names: then of the one class of all pictures.
 
     Raises:
-        ValueError: If there are labels, but nothing says how many classes.
-        OSError: If the file cannot be read.
+        ValueError: If there are labels, but nothing says how many classes; or none, in a column that was named.
+        OSError: If a file cannot be read.
     """
     if label_column is None:
         return None, ["picture"]
     if classes is not None:
         return label_column, _read_names(classes)
-    is_table = path.suffix.lower() == TABLE_SUFFIX
-    names = _feature_names(path, label_column) if is_table else None
-    if names:
-        return label_column, names
-    if not _has_labels(path, label_column):
+    path = _first_labels(paths, label_column)
+    if path is None:
         if label_column != DEFAULT_LABEL_COLUMN:
-            raise ValueError(f"{str(path)!r} has no labels in {label_column!r}.")
+            raise ValueError(f"The first of the shards with samples has no labels in {label_column!r}.")
         return None, ["picture"]
-    raise ValueError(
-        f"{str(path)!r} has labels, and nothing says how many classes: pass --classes (a file with their names, or "
-        "their number) or --no-labels."
-    )
+    names = _feature_names(path, label_column) if path.suffix.lower() == TABLE_SUFFIX else None
+    if names is None:
+        raise ValueError(
+            f"{str(path)!r} has labels, and nothing says how many classes: pass --classes (a file with their names, "
+            "or their number) or --no-labels."
+        )
+    return label_column, names
 
 
 def _read_table(path: Path, image_column: str, label_column: str | None) -> Iterator[CorpusSample]:
@@ -224,11 +226,18 @@ def _feature_names(path: Path, label_column: str) -> list[str] | None:
         return None
 
 
-def _has_labels(path: Path, label_column: str) -> bool:
-    if path.suffix.lower() == TABLE_SUFFIX:
-        return label_column in _schema(path).names
-    first = next(read_shard(path, DEFAULT_IMAGE_COLUMN, label_column), None)
-    return first is not None and first.label is not None
+def _first_labels(paths: Sequence[Path], label_column: str) -> Path | None:
+    """The first shard that is not empty or damaged, if it has labels."""
+    for path in paths:
+        try:
+            if path.suffix.lower() == TABLE_SUFFIX:
+                return path if label_column in _schema(path).names else None
+            first = next(read_shard(path, DEFAULT_IMAGE_COLUMN, label_column), None)
+        except ShardError:  # its own worker will report it
+            continue
+        if first is not None:
+            return path if first.label is not None else None
+    return None
 
 
 def _schema(path: Path) -> pa.Schema:
