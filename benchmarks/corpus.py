@@ -121,7 +121,7 @@ def kill(corpus: Corpus, files: int, seconds: float) -> dict[str, Any] | None:
     killed = os.waitpid(child, 0)[1] == signal.SIGKILL
     after = finished(corpus.output)
     kept = all(after.get(name) == when for name, when in before.items())
-    unfinished = [path.name for path in (corpus.output / ".staging").glob("*/*")]
+    unfinished = [path.name for path in (corpus.output / ".staging").glob("*/*")]  # of all kills so far
     row = {"files_before": len(before), "files_after": len(after), "kept": kept, "unfinished": len(unfinished)}
     return row if killed else None
 
@@ -162,8 +162,8 @@ def kills(arguments: argparse.Namespace) -> None:
         result = {
             "settings": {key: value for key, value in vars(arguments).items() if key != "run"},
             "kills": len(rows),
-            "kills_with_unfinished_files": sum(row["unfinished"] > 0 for row in rows),
-            "kills_before_the_first_file": sum(row["files_before"] == row["files_after"] for row in rows),
+            "unfinished_files_left_by_kills": rows[-1]["unfinished"],
+            "kills_before_a_worker_had_a_file": sum(row["files_before"] == row["files_after"] for row in rows),
             "files_made_after_the_last_kill": last.made,
             "finished_files_kept_untouched": kept,
             "files_compared": len(first),
@@ -173,11 +173,34 @@ def kills(arguments: argparse.Namespace) -> None:
             "rows": rows,
         }
         shutil.rmtree(folder / "in")
-    path = RESULTS / f"corpus_kills_{arguments.model}.json"
+    path = RESULTS / "corpus_kills.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps({key: value for key, value in result.items() if key != "rows"}, indent=1))
+    path.with_suffix(".md").write_text(kills_table(result))
+    print(kills_table(result))
     if result["files_that_differ"] or not kept:
         raise SystemExit("The output is not that of an undisturbed run.")
+
+
+def kills_table(result: dict[str, Any]) -> str:
+    """Return what came of the kills, as Markdown."""
+    settings = result["settings"]
+    rows = {
+        "shards": settings["shards"],
+        "pictures, and corrupt ones left out": f"{result['pictures']}, {result['failed_samples']}",
+        "kills": result["kills"],
+        "of them before the worker had finished a file": result["kills_before_a_worker_had_a_file"],
+        "unfinished files that they left": result["unfinished_files_left_by_kills"],
+        "finished files that were lost or made again": "none" if result["finished_files_kept_untouched"] else "some",
+        "files compared with an undisturbed run": result["files_compared"],
+        "of them different in any byte, missing or left over": len(result["files_that_differ"]) or "none",
+    }
+    lines = [
+        f"A worker killed at random moments ({settings['model']}), and one that was not.",
+        "",
+        "| | |",
+        "|---|---|",
+    ]
+    return "\n".join([*lines, *(f"| {name} | {value} |" for name, value in rows.items())]) + "\n"
 
 
 def table(arguments: argparse.Namespace) -> None:

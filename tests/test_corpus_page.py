@@ -57,7 +57,7 @@ def test_the_snippet_on_ray_runs(shards, monkeypatch):
     assert names["report"].pictures == 3 and names["report"].summary["files"] == 2
 
 
-@pytest.mark.parametrize("name", ["corpus", "corpus_costs"])
+@pytest.mark.parametrize("name", ["corpus", "corpus_costs", "corpus_kills"])
 def test_tables_of_the_page_are_the_committed_results(name):
     table = [line for line in (RESULTS / f"{name}.md").read_text("utf-8").splitlines() if line.startswith("|")]
     page = (ROOT / "docs" / "corpus.md").read_text("utf-8")
