@@ -16,6 +16,7 @@ worker, file by file and byte by byte, leftovers included, and no finished file 
 """
 
 import argparse
+import io
 import json
 import os
 import random
@@ -30,6 +31,7 @@ from typing import Any
 import torch
 from corpus_costs import cost_table
 from corpus_samples import photograph_crops, write_corpus
+from PIL import Image
 
 from dinotok.corpus import Corpus, CorpusOptions, encode_corpus
 from dinotok.corpus_encoder import CorpusEncoder
@@ -67,6 +69,11 @@ def measure(model: str, resolution: int, shards: Path, folder: Path, batch_size:
     }
 
 
+def mean_pixels(pictures: list[bytes]) -> int:
+    sizes = [Image.open(io.BytesIO(data)).size for data in pictures]
+    return round(sum(width * height for width, height in sizes) / len(sizes))
+
+
 def throughput(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     rows = []
@@ -79,7 +86,7 @@ def throughput(arguments: argparse.Namespace) -> None:
                 rows.append(measure(model, resolution, shards, folder, arguments.batch_size))
                 print(json.dumps(rows[-1]), flush=True)
     settings = {"photographs": source, "batch_size": arguments.batch_size, "threads": 1, "torch": torch.__version__}
-    settings |= {"pictures_per_shard": arguments.shard_pictures}
+    settings |= {"pictures_per_shard": arguments.shard_pictures, "pixels_per_picture": mean_pixels(pictures)}
     (RESULTS / "corpus.json").write_text(json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n")
     table = [f"| {' | '.join(rows[0])} |", "|---" * len(rows[0]) + "|"]
     table += [f"| {' | '.join(map(str, row.values()))} |" for row in rows]

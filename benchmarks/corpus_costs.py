@@ -17,11 +17,13 @@ ASSUMPTIONS: dict[str, Any] = {
     "corpora": [10**6, 10**8, 10**9],
     "gpu": "H100 SXM",
     "gpu_peak_flops": 989e12,  # bfloat16, dense, from NVIDIA's data sheet
-    "gpu_utilisation": 0.35,  # of a plain PyTorch forward pass of a ViT-B in large batches
+    "gpu_utilisation": 0.2,  # of a plain PyTorch forward pass of a ViT-B in large batches
     "gpu_dollars_per_hour": 3.0,
     "cpu_dollars_per_core_hour": 0.04,
     "storage_dollars_per_terabyte_month": 23.0,
-    "input_bytes_per_picture": 60_000,  # a JPEG of about 400 x 300 pixels
+    "input_bytes_per_picture": 60_000,
+    "input_pixels_per_picture": 400 * 300,
+    "cores": 64,
     "gpus": 8,
 }
 TOKENS, WIDTH, LAYERS = 261, 768, 12  # 16 x 16 patches of a 256-pixel picture, a class token and 4 registers
@@ -58,47 +60,53 @@ def cost_table(results: dict[str, Any]) -> str:
         results: Content of `corpus.json`.
     """
     measured = {row["model"]: row for row in results["rows"] if row["resolution"] == 256}
-    lines = ["What large corpora cost: computed by `python benchmarks/corpus.py table`.", ""]
-    lines += ["| model, one core (measured) | pictures | core hours | days on 64 cores | dollars | output |"]
-    lines += ["|---|---|---|---|---|---|"]
+    larger = ASSUMPTIONS["input_pixels_per_picture"] / results["settings"]["pixels_per_picture"]
+    decode = max(row["pictures/CPU s"] / (row["decode %"] / 100) for row in measured.values()) / larger
+    title = "What large corpora cost: computed by `python benchmarks/corpus.py table`."
+    return "\n".join([title, "", *_core_rows(measured), "", *_gpu_facts(decode), "", *_gpu_rows(decode)]) + "\n"
+
+
+def _core_rows(measured: dict[str, dict[str, Any]]) -> list[str]:
+    """What the models of the package cost on cores."""
+    cores, price = ASSUMPTIONS["cores"], ASSUMPTIONS["cpu_dollars_per_core_hour"]
+    lines = [f"| model, one core (measured) | pictures | core hours | hours on {cores} cores | dollars | output |"]
+    lines.append("|---|---|---|---|---|---|")
     for name, row in measured.items():
         for count in ASSUMPTIONS["corpora"]:
             hours = count / row["pictures/CPU s"] / 3600
-            dollars = hours * ASSUMPTIONS["cpu_dollars_per_core_hour"]
-            size = _bytes(count * row["bytes/picture out"])
-            lines.append(
-                f"| {name} | {count:,} | {_number(hours)} | {_number(hours / 64 / 24)} | {_number(dollars)} | {size} |"
-            )
-    decode = max(row["pictures/CPU s"] / (row["decode %"] / 100) for row in measured.values())
-    rate, gpus = gpu_rate(), ASSUMPTIONS["gpus"]
-    lines += ["", f"| ViT-B/16 on one {ASSUMPTIONS['gpu']} (estimated) | |", "|---|---|"]
-    lines += [
-        f"| FLOPs of a picture: encoder, two codebooks | {encoder_flops():.3g}, {quantizer_flops():.3g} |",
-        f"| pictures/s at {ASSUMPTIONS['gpu_utilisation']:.0%} of the peak | {rate:,.0f} |",
-        f"| pictures/s that one core decodes (measured) | {decode:,.0f} |",
-        f"| cores that feed one GPU | {rate / decode:.1f} |",
-        "",
-        f"| pictures | GPU hours | days on {gpus} GPUs | dollars, GPUs | dollars, cores | input | tokens | latents | "
-        "dollars a month: input, tokens, latents |",
-        "|---|---|---|---|---|---|---|---|---|",
+            numbers = map(_number, (hours, hours / cores, hours * price))
+            cells = (name, f"{count:,}", *numbers, _bytes(count * row["bytes/picture out"]))
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _gpu_facts(decode: float) -> list[str]:
+    rate = gpu_rate()
+    return [
+        f"| ViT-B/16 on one {ASSUMPTIONS['gpu']} (estimated) | |",
+        "|---|---|",
+        f"| GFLOPs of a picture: encoder, two codebooks | {encoder_flops() / 1e9:.1f}, {quantizer_flops() / 1e9:.1f} |",
+        f"| pictures/s at {ASSUMPTIONS['gpu_utilisation']:.0%} of the peak | {_number(rate)} |",
+        f"| pictures/s that one core decodes (measured, larger ones in proportion) | {_number(decode)} |",
+        f"| cores that feed one GPU | {rate / decode:.0f} |",
     ]
+
+
+def _gpu_rows(decode: float) -> list[str]:
+    """What a model of the papers' size costs on GPUs."""
+    gpus, month = ASSUMPTIONS["gpus"], ASSUMPTIONS["storage_dollars_per_terabyte_month"]
+    heads = ["pictures", "GPU hours", f"hours on {gpus} GPUs", "dollars, GPUs", "dollars, cores"]
+    heads += ["input", "tokens", "latents", "dollars a month: input, tokens, latents"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for count in ASSUMPTIONS["corpora"]:
-        hours = count / rate / 3600
+        hours = count / gpu_rate() / 3600
         cores = count / decode / 3600 * ASSUMPTIONS["cpu_dollars_per_core_hour"]
-        sizes = [
-            count * each
-            for each in (ASSUMPTIONS["input_bytes_per_picture"], output_bytes("tokens"), output_bytes("latents"))
-        ]
-        month = ", ".join(_number(size / 1e12 * ASSUMPTIONS["storage_dollars_per_terabyte_month"]) for size in sizes)
-        cells = [
-            f"{count:,}",
-            _number(hours),
-            _number(hours / gpus / 24),
-            _number(hours * ASSUMPTIONS["gpu_dollars_per_hour"]),
-        ]
-        cells += [_number(cores), *map(_bytes, sizes), month]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        each = (ASSUMPTIONS["input_bytes_per_picture"], output_bytes("tokens"), output_bytes("latents"))
+        sizes = [count * one for one in each]
+        numbers = map(_number, (hours, hours / gpus, hours * ASSUMPTIONS["gpu_dollars_per_hour"], cores))
+        kept = ", ".join(_number(size / 1e12 * month) for size in sizes)
+        lines.append(f"| {' | '.join([f'{count:,}', *numbers, *map(_bytes, sizes), kept])} |")
+    return lines
 
 
 def _number(value: float) -> str:
