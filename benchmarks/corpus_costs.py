@@ -85,7 +85,7 @@ def _gpu_facts(decode: float) -> list[str]:
     return [
         f"| ViT-B/16 on one {ASSUMPTIONS['gpu']} (estimated) | |",
         "|---|---|",
-        f"| GFLOPs of a picture: encoder, two codebooks | {encoder_flops() / 1e9:.1f}, {quantizer_flops() / 1e9:.1f} |",
+        f"| GFLOPs a picture: encoder, codebooks | {encoder_flops() / 1e9:.1f}, {quantizer_flops() / 1e9:.1f} |",
         f"| pictures/s at {ASSUMPTIONS['gpu_utilisation']:.0%} of the peak | {_number(rate)} |",
         f"| pictures/s that one core decodes (measured, larger ones in proportion) | {_number(decode)} |",
         f"| cores that feed one GPU | {rate / decode:.0f} |",

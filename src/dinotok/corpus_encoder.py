@@ -124,7 +124,7 @@ class CorpusEncoder:
                 "samples": found.samples,
                 "pictures": len(found.rows),
                 "failed": len(found.failures),
-                "failures": found.failures,
+                "failures": sorted(found.failures, key=lambda failure: failure["row"]),
                 "damage": found.damage,
                 "input": identity,
                 "output": file_identity(made),
