@@ -11,6 +11,7 @@ import typer
 
 from .command_line import BatchSize, Device, Dtype, ModelDtype, Output, Revision, check_device, one_line, user_errors
 from .convert.cli import convert_app
+from .corpus_cli import encode_corpus
 from .evaluation.cli import evaluate_app
 from .generate_cli import generate
 
@@ -31,6 +32,7 @@ app = typer.Typer(
 app.add_typer(convert_app, name="convert")
 app.add_typer(evaluate_app, name="evaluate")
 app.command()(generate)
+app.command()(encode_corpus)
 
 SOME_FAILED = 1
 _MAX_TABLE_ROWS = 20
