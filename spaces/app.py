@@ -7,7 +7,7 @@ Nothing is fetched when the page loads; models of the package need no network at
 
 import argparse
 import html
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,9 +21,18 @@ from uploads import FORMATS, MAX_BYTES, Upload, read_upload
 from dinotok.command_line import one_line
 from dinotok.quickstart import photograph
 
-EXAMPLES = ("chelsea.jpg", "coffee.jpg", "rocket.jpg", "astronaut.jpg", "retina.jpg", "hubble_deep_field.jpg")
+EXAMPLES = {
+    "cat": "chelsea.jpg",
+    "coffee": "coffee.jpg",
+    "rocket": "rocket.jpg",
+    "astronaut": "astronaut.jpg",
+    "eye": "retina.jpg",
+    "galaxies": "hubble_deep_field.jpg",
+}
+PAIRS = (("cat", "coffee"), ("rocket", "astronaut"), ("eye", "galaxies"))
 SIDES = (256, 384, 512)
 MODELS = "models"  # events of this name wait for each other: one model runs at a time
+TAKEN = f"{', '.join(FORMATS)}, up to {MAX_BYTES // 2**20} MB"
 QUEUE_LENGTH = 32
 CACHE_SECONDS = (600, 3600)  # how often files of visitors are looked through, and how old they may get
 SYSTEM_FONTS = ("ui-sans-serif", "system-ui", "sans-serif")
@@ -34,11 +43,17 @@ Image tokenizers on frozen vision foundation models, and generators on their lat
 package: small ones, trained for an hour on two CPU cores, that show what the code does, not what the papers' models
 reach. Pictures are deleted within about an hour.
 """
-# A thumb is wider than gradio's thinnest controls, and a focus ring has to be seen.
+# Focus has to be seen, galleries and captions whole, and tables without the empty head that Markdown needs.
 CSS = """
 :focus-visible { outline: 3px solid var(--color-accent) !important; outline-offset: 2px; }
-.gallery-item, .thumbnail-item { min-height: 44px; }
-.gradio-container table { width: 100%; }
+.whole .grid-wrap { min-height: 0 !important; max-height: none !important; height: auto !important; }
+.whole .grid-wrap { overflow: visible !important; }
+.whole, .whole .gallery-container { height: auto !important; }
+.whole .caption-label { max-width: 100%; font-size: var(--text-xs); }
+#mixture img { width: 100%; object-fit: contain; }
+.facts thead { display: none; }
+.facts td { overflow-wrap: anywhere; }
+.facts td:first-child { min-width: 6em; width: 1%; }
 @media (max-width: 640px) { .gradio-container { padding: 8px !important; } }
 """
 MOVE_DIVIDER = "(position) => ({ __type__: 'update', slider_position: position })"
@@ -158,21 +173,24 @@ class Demo:
         with gr.Row():
             with gr.Column(min_width=300):
                 picture = _upload("Picture", "picture")
-                gr.Examples([[str(photograph(name))] for name in EXAMPLES], [picture], label="Or one of these")
+                _examples([(name,) for name in EXAMPLES], [picture], "Or one of these photographs")
                 listed, typed = _tokenizer_choice("reconstruct")
-                side = gr.Radio(SIDES, value=SIDES[0], label="Long side, in pixels")
+                side = gr.Radio(SIDES, value=SIDES[1], label="Long side, in pixels")
                 button = gr.Button("Reconstruct", variant="primary", elem_id="reconstruct")
             with gr.Column(min_width=300):
                 slider = gr.ImageSlider(
-                    label="Original on the left, reconstruction on the right", interactive=False, elem_id="comparison"
+                    label="Original on the left, reconstruction on the right",
+                    format="png",
+                    interactive=False,
+                    elem_id="comparison",
                 )
                 divider = gr.Slider(0, 100, 50, step=1, label="Divider (or drag it in the picture)", elem_id="divider")
-                facts = gr.Markdown(elem_id="facts")
-                maps = gr.Gallery(label="Latents and codes as colours", columns=2, elem_id="maps", interactive=False)
+                facts = gr.Markdown(elem_id="facts", elem_classes="facts")
+                maps = _gallery("Latents and codes as colours", 2, "maps")
         divider.input(None, divider, slider, js=MOVE_DIVIDER, show_progress="hidden")
         button.click(
             self.reconstruct, [picture, listed, typed, side], [slider, divider, facts, maps],
-            concurrency_id=MODELS, concurrency_limit=1, api_name="reconstruct",
+            concurrency_id=MODELS, concurrency_limit=1, api_name="reconstruct", scroll_to_output=True,
         )  # fmt: skip
 
     def _mix_tab(self) -> None:
@@ -183,21 +201,25 @@ class Demo:
         with gr.Row():
             with gr.Column(min_width=300):
                 first, second = _upload("Picture A", "first"), _upload("Picture B", "second")
-                pairs = [
-                    [str(photograph(name)) for name in pair] for pair in zip(EXAMPLES, EXAMPLES[1:], strict=False)
-                ]
-                gr.Examples(pairs[:3], [first, second], label="Or two of these")
+                _examples(PAIRS, [first, second], "Or two of these photographs")
             with gr.Column(min_width=300):
                 semantic = gr.Radio(SOURCES, value=FIRST, label="Semantics of", elem_id="semantic")
                 texture = gr.Radio(SOURCES, value=SECOND, label="Texture of", elem_id="texture")
                 listed, typed = _tokenizer_choice("mix")
                 button = gr.Button("Mix", variant="primary", elem_id="mix")
-                result = gr.Image(label="Result", interactive=False, elem_id="mixture", alt_text="The mixture")
-                facts = gr.Markdown(elem_id="mix-facts")
-                pictures = gr.Gallery(label="Beside both", columns=3, elem_id="mix-pictures", interactive=False)
+                result = gr.Image(
+                    label="Result",
+                    format="png",
+                    interactive=False,
+                    buttons=["download", "fullscreen"],
+                    elem_id="mixture",
+                    alt_text="The mixture",
+                )
+                facts = gr.Markdown(elem_id="mix-facts", elem_classes="facts")
+                pictures = _gallery("Beside both", 3, "mix-pictures")
         button.click(
             self.mix, [first, second, listed, typed, semantic, texture], [result, pictures, facts],
-            concurrency_id=MODELS, concurrency_limit=1, api_name="mix",
+            concurrency_id=MODELS, concurrency_limit=1, api_name="mix", scroll_to_output=True,
         )  # fmt: skip
 
     def _generate_tab(self, page: gr.Blocks) -> None:
@@ -220,14 +242,14 @@ class Demo:
                 ]
                 button = gr.Button("Generate", variant="primary", elem_id="generate")
             with gr.Column(min_width=300):
-                drawn = gr.Gallery(label="Pictures", columns=2, elem_id="drawn", interactive=False)
+                drawn = _gallery("Pictures", 2, "drawn")
                 settings = gr.Markdown(elem_id="settings")
         choice, offered = [listed, typed], [classes, *controls]
         for event in (listed.input, typed.submit, typed.blur, *([page.load] if names else [])):
             event(self.offer, choice, offered, api_visibility="private", show_progress="hidden")
         button.click(
             self.generate, [*choice, classes, number, seed, *controls], [drawn, settings],
-            concurrency_id=MODELS, concurrency_limit=1, api_name="generate",
+            concurrency_id=MODELS, concurrency_limit=1, api_name="generate", scroll_to_output=True,
         )  # fmt: skip
 
 
@@ -248,7 +270,8 @@ def _upload(label: str, elem_id: str) -> gr.Image:
     gradio would open the file with every decoder there is, before our limits, and end in a trace if it cannot.
     """
     image = gr.Image(
-        label=f"{label}: {', '.join(FORMATS)}, up to {MAX_BYTES // 2**20} MB",
+        label=label,
+        placeholder=f"Drop a picture here, or press to choose one\n{TAKEN}",
         type="filepath",
         image_mode=None,
         sources=["upload", "clipboard"],
@@ -258,6 +281,26 @@ def _upload(label: str, elem_id: str) -> gr.Image:
     )
     image.preprocess = lambda payload: None if payload is None else payload.path
     return image
+
+
+def _examples(rows: Sequence[Sequence[str]], images: list[gr.Image], label: str) -> None:
+    """Buttons with names, which a screen reader can say; those with thumbnails have none."""
+    paths = [[str(photograph(EXAMPLES[name])) for name in row] for row in rows]
+    gr.Examples(paths, images, label=label, example_labels=[" and ".join(row) for row in rows])
+
+
+def _gallery(label: str, columns: int, elem_id: str) -> gr.Gallery:
+    """Pictures beside each other, whole, and without the losses of gradio's usual WebP."""
+    return gr.Gallery(
+        label=label,
+        columns=columns,
+        format="png",
+        object_fit="contain",
+        height="auto",
+        interactive=False,
+        elem_id=elem_id,
+        elem_classes="whole",
+    )
 
 
 def _tokenizer_choice(page: str) -> tuple[gr.Radio, gr.Textbox]:

@@ -66,7 +66,7 @@ class Library:
         size = repository_size(name)
         if size > self.max_download:
             raise ValueError(
-                f"{name!r} has {size / 2**30:.1f} GB of weights; this demo fetches up to {self.max_download / 2**30:.1f}."
+                f"{name!r} has {size / 2**30:.1f} GB of weights; at most {self.max_download / 2**30:.1f} are taken."
             )
         return name
 

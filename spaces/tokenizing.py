@@ -78,10 +78,7 @@ def reconstruct(model: TokenizerModel, picture: Image.Image) -> Reconstruction:
     original, reconstruction = (to_pictures(processor, values)[0] for values in (pixels, sample))
     height, width = processor.sizes[0]
     (scores,) = ReconstructionMetrics().update(sample[..., :height, :width], pixels[..., :height, :width])
-    grids = {
-        f"{name} latents, {part.shape[0]} channels": pca_colors(part)
-        for name, part in latent_parts(model, latents[0]).items()
-    }
+    grids = {f"{name} latents": pca_colors(part) for name, part in latent_parts(model, latents[0]).items()}
     if isinstance(model, DiscreteTokenizer) and indices is not None:
         grids |= code_maps(model, indices[0])
     padded = (pixels.shape[3], pixels.shape[2])
@@ -128,7 +125,7 @@ def code_maps(model: DiscreteTokenizer, indices: torch.Tensor) -> dict[str, np.n
     maps = {}
     for (name, vectors), plane in zip(model.code_vectors.items(), indices.cpu(), strict=True):
         colors = pca_colors(vectors.T[:, :, None])[:, 0]  # (codes, 3)
-        maps[f"{name} codes, {len(plane.unique())} different"] = colors[plane.numpy()]
+        maps[f"{name} codes"] = colors[plane.numpy()]
     return maps
 
 
@@ -163,12 +160,14 @@ def mix(
     seen = to_pictures(processor, sample, sizes)
     height, width = sizes[0]
     crop = (slice(None), slice(None), slice(height), slice(width))
-    scores = ReconstructionMetrics().update(sample[[2, 2]][crop], pixels[crop])
-    captions = ("A, reconstructed", "B, reconstructed", f"semantics of {semantic}, texture of {texture}")
+    pairs = torch.cat([sample[[2, 2]], sample[:2]])[crop], torch.cat([pixels, pixels])[crop]
+    to_first, to_second, own_first, own_second = (row["psnr"] for row in ReconstructionMetrics().update(*pairs))
     facts = {
-        "PSNR": f"{scores[0]['psnr']:.2f} dB to picture A, {scores[1]['psnr']:.2f} dB to picture B",
+        "PSNR of the mixture": f"{to_first:.2f} dB to A, {to_second:.2f} dB to B",
+        "PSNR unmixed": f"{own_first:.2f} dB of A, {own_second:.2f} dB of B",
         **({} if indices is None else {"Codes that A and B share": _shared(model, indices)}),
     }
+    captions = ("A", "B", "mixture")
     return Mixture(seen[2], list(zip(seen, captions, strict=True)), facts)
 
 
