@@ -236,9 +236,9 @@ class Demo:
                 seed = gr.Number(0, label="Seed of the first", precision=0, minimum=0, maximum=2**53 - MAX_PICTURES)
                 controls = [
                     gr.Slider(1, MAX_STEPS, 25, step=1, label="Steps", elem_id="steps"),
-                    gr.Slider(1, 10, 1, step=0.1, label="Guidance (1 is none)"),
-                    gr.Slider(0, 2, 1, step=0.05, label="Temperature (0 takes the likeliest)"),
-                    gr.Slider(0, 2048, 0, step=1, label="Draw from so many codes (0 is all)"),
+                    gr.Slider(1, 10, 1, step=0.1, label="Guidance (1 is none)", elem_id="guidance"),
+                    gr.Slider(0, 2, 1, step=0.05, label="Temperature (0 takes the likeliest)", elem_id="temperature"),
+                    gr.Slider(0, 2048, 0, step=1, label="Draw from so many codes (0 is all)", elem_id="codes"),
                 ]
                 button = gr.Button("Generate", variant="primary", elem_id="generate")
             with gr.Column(min_width=300):

@@ -45,7 +45,12 @@ def test_every_kind_of_tokenizer_shows_pictures_of_one_size_and_its_numbers(mode
 
 def test_maps_of_a_tokenizer_are_its_parts_and_its_codes(discrete):
     shown = reconstruct(discrete, smooth(75, 50))
-    assert [name for _, name in shown.maps] == ["semantic latents", "texture latents", "semantic codes", "texture codes"]
+    assert [name for _, name in shown.maps] == [
+        "semantic latents",
+        "texture latents",
+        "semantic codes",
+        "texture codes",
+    ]
     with torch.no_grad():
         latents = discrete.encode(ImageProcessor.from_model(discrete).preprocess(smooth(75, 50))).latent[0]
     texture = enlarge(pca_colors(latents[discrete.deep_channels :]), discrete.patch_size, (50, 75))

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import uploads
 from PIL import Image
+from uploads import UploadError, read_upload
 
 from tests.spaces.hostile import encoded, hostile_files, smooth
-from uploads import UploadError, read_upload
 
 
 def write(folder, data: bytes, name: str = "upload"):
@@ -48,7 +48,9 @@ def test_a_small_picture_comes_out_as_it_is(tmp_path):
     assert np.array_equal(np.asarray(upload.picture), np.asarray(picture)) and upload.notes == ()
 
 
-@pytest.mark.parametrize(("kind", "mode"), [("JPEG", "RGB"), ("PNG", "RGB"), ("PNG", "P"), ("PNG", "1"), ("WEBP", "RGB")])
+@pytest.mark.parametrize(
+    ("kind", "mode"), [("JPEG", "RGB"), ("PNG", "RGB"), ("PNG", "P"), ("PNG", "1"), ("WEBP", "RGB")]
+)
 def test_a_large_picture_is_reduced_and_keeps_its_looks(tmp_path, kind, mode):
     picture = smooth(1500, 1000).convert(mode)
     upload = read_upload(write(tmp_path, encoded(picture, kind)), max_side=120)
