@@ -27,7 +27,7 @@ from playwright.sync_api import Browser, Page, Route, sync_playwright
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results" / "space.json"
 WIDE, NARROW = (1280, 900), (390, 844)
-PATIENCE = 900  # seconds, on a busy machine
+PATIENCE = 240  # seconds; of a server that starts on a busy machine, four times that
 _CHROMIUM_OPTIONS = [
     "--no-sandbox",
     "--disable-gpu",
@@ -58,10 +58,10 @@ def serving(*arguments: str) -> Iterator[str]:
     command = [sys.executable, str(ROOT / "spaces" / "app.py"), "--host", "127.0.0.1", "--port", str(port), *arguments]
     server = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
     try:
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + 4 * PATIENCE
         while not _answers(port):
             if server.poll() is not None or time.monotonic() > deadline:
-                raise TimeoutError(f"The server did not start within {PATIENCE} s.")
+                raise TimeoutError(f"The server did not start within {4 * PATIENCE} s.")
             time.sleep(0.05)
         yield f"http://127.0.0.1:{port}/"
     finally:

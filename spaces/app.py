@@ -109,18 +109,17 @@ class Demo:
             mixture = mix(model, *pictures, semantic=semantic, texture=texture)
         return mixture.result, mixture.pictures, table(mixture.facts)
 
-    def offer(self, listed: str | None, typed: str) -> tuple[Any, ...]:
-        """What a generator lets one choose: fill the class list, show the options that it has."""
+    def offer(self, listed: str | None, typed: str, shown: str) -> tuple[Any, ...]:
+        """What a generator lets one choose: fill the class list, show the options that it has, once for each choice."""
         with messages():
-            offer = offer_of(self.library.find_generator(_chosen(listed, typed)))
+            name = _chosen(listed, typed)
+            if name == shown:
+                return (gr.skip(),) * (2 + len(OPTIONS))
+            offer = offer_of(self.library.find_generator(name))
         classes = gr.Dropdown(choices=offer.classes, value=offer.classes[0][1])
-        controls = [
-            gr.Slider(
-                visible=name in offer.options, **({"value": offer.options[name]} if name in offer.options else {})
-            )
-            for name in OPTIONS
-        ]
-        return classes, *controls
+        values = [{"value": offer.options[option]} if option in offer.options else {} for option in OPTIONS]
+        controls = [gr.Slider(visible=bool(value), **value) for value in values]
+        return name, classes, *controls
 
     def generate(
         self,
@@ -244,9 +243,10 @@ class Demo:
             with gr.Column(min_width=300):
                 drawn = _gallery("Pictures", 2, "drawn")
                 settings = gr.Markdown(elem_id="settings")
-        choice, offered = [listed, typed], [classes, *controls]
+        shown = gr.State("")
+        choice, offered = [listed, typed], [shown, classes, *controls]
         for event in (listed.input, typed.submit, typed.blur, *([page.load] if names else [])):
-            event(self.offer, choice, offered, api_visibility="private", show_progress="hidden")
+            event(self.offer, [*choice, shown], offered, api_visibility="private", show_progress="hidden")
         button.click(
             self.generate, [*choice, classes, number, seed, *controls], [drawn, settings],
             concurrency_id=MODELS, concurrency_limit=1, api_name="generate", scroll_to_output=True,

@@ -57,7 +57,7 @@ def hostile_files() -> dict[str, tuple[bytes, str | None]]:
         "animated.gif": (encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]), None),
         "transparent.png": (encoded(photograph.convert("RGBA"), "PNG"), None),
         "palette.png": (encoded(photograph.convert("P"), "PNG"), None),
-        "suffixless": (encoded(photograph, "WEBP"), None),
+        "misnamed.gif": (encoded(photograph, "WEBP"), None),
     }
 
 
