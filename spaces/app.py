@@ -6,55 +6,35 @@ Nothing is fetched when the page loads; models of the package need no network at
 """
 
 import argparse
-import html
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import gradio as gr
+from controls import (
+    CSS,
+    EXAMPLES,
+    PAIRS,
+    example_buttons,
+    gallery,
+    hub_field,
+    messages,
+    theme,
+    tokenizer_choice,
+    upload_field,
+)
 from generating import MAX_PICTURES, MAX_STEPS, OPTIONS, generate, offer_of
-from library import Library, bundled_generators, bundled_tokenizers, missing_generators
+from library import Library, bundled_generators, missing_generators
 from PIL import Image
 from tokenizing import FIRST, SECOND, SOURCES, mix, reconstruct, table
-from uploads import FORMATS, MAX_BYTES, Upload, read_upload
+from uploads import MAX_BYTES, Upload, read_upload
 
-from dinotok.command_line import one_line
-from dinotok.quickstart import photograph
-
-EXAMPLES = {
-    "cat": "chelsea.jpg",
-    "coffee": "coffee.jpg",
-    "rocket": "rocket.jpg",
-    "astronaut": "astronaut.jpg",
-    "eye": "retina.jpg",
-    "galaxies": "hubble_deep_field.jpg",
-}
-PAIRS = (("cat", "coffee"), ("rocket", "astronaut"), ("eye", "galaxies"))
 SIDES = (256, 384, 512)
 MODELS = "models"  # events of this name wait for each other: one model runs at a time
-TAKEN = f"{', '.join(FORMATS)}, up to {MAX_BYTES // 2**20} MB"
 QUEUE_LENGTH = 32
 CACHE_SECONDS = (600, 3600)  # how often files of visitors are looked through, and how old they may get
-SYSTEM_FONTS = ("ui-sans-serif", "system-ui", "sans-serif")
-SYSTEM_MONO = ("ui-monospace", "Consolas", "monospace")
-
 INTRODUCTION = """# dinotok
 Image tokenizers on frozen vision foundation models, and generators on their latents. The models listed come with the
 package: small ones, trained for an hour on two CPU cores, that show what the code does, not what the papers' models
 reach. Pictures are deleted within about an hour.
-"""
-# Focus has to be seen, galleries and captions whole, and tables without the empty head that Markdown needs.
-CSS = """
-:focus-visible { outline: 3px solid var(--color-accent) !important; outline-offset: 2px; }
-.whole .grid-wrap { min-height: 0 !important; max-height: none !important; height: auto !important; }
-.whole .grid-wrap { overflow: visible !important; }
-.whole, .whole .gallery-container { height: auto !important; }
-.whole .caption-label { max-width: 100%; font-size: var(--text-xs); }
-#mixture img { width: 100%; object-fit: contain; }
-.facts thead { display: none; }
-.facts td { overflow-wrap: anywhere; }
-.facts td:first-child { min-width: 6em; width: 1%; }
-@media (max-width: 640px) { .gradio-container { padding: 8px !important; } }
 """
 MOVE_DIVIDER = "(position) => ({ __type__: 'update', slider_position: position })"
 
@@ -110,7 +90,7 @@ class Demo:
         return mixture.result, mixture.pictures, table(mixture.facts)
 
     def offer(self, listed: str | None, typed: str, shown: str) -> tuple[Any, ...]:
-        """What a generator lets one choose: fill the class list, show the options that it has, once for each choice."""
+        """What a generator lets one choose: its classes, and the options that it has; once for each choice."""
         with messages():
             name = _chosen(listed, typed)
             if name == shown:
@@ -171,9 +151,9 @@ class Demo:
     def _reconstruct_tab(self) -> None:
         with gr.Row():
             with gr.Column(min_width=300):
-                picture = _upload("Picture", "picture")
-                _examples([(name,) for name in EXAMPLES], [picture], "Or one of these photographs")
-                listed, typed = _tokenizer_choice("reconstruct")
+                picture = upload_field("Picture", "picture")
+                example_buttons([(name,) for name in EXAMPLES], [picture], "Or one of these photographs")
+                listed, typed = tokenizer_choice("reconstruct")
                 side = gr.Radio(SIDES, value=SIDES[1], label="Long side, in pixels")
                 button = gr.Button("Reconstruct", variant="primary", elem_id="reconstruct")
             with gr.Column(min_width=300):
@@ -185,7 +165,7 @@ class Demo:
                 )
                 divider = gr.Slider(0, 100, 50, step=1, label="Divider (or drag it in the picture)", elem_id="divider")
                 facts = gr.Markdown(elem_id="facts", elem_classes="facts")
-                maps = _gallery("Latents and codes as colours", 2, "maps")
+                maps = gallery("Latents and codes as colours", 2, "maps")
         divider.input(None, divider, slider, js=MOVE_DIVIDER, show_progress="hidden")
         button.click(
             self.reconstruct, [picture, listed, typed, side], [slider, divider, facts, maps],
@@ -199,12 +179,12 @@ class Demo:
         )
         with gr.Row():
             with gr.Column(min_width=300):
-                first, second = _upload("Picture A", "first"), _upload("Picture B", "second")
-                _examples(PAIRS, [first, second], "Or two of these photographs")
+                first, second = upload_field("Picture A", "first"), upload_field("Picture B", "second")
+                example_buttons(PAIRS, [first, second], "Or two of these photographs")
             with gr.Column(min_width=300):
                 semantic = gr.Radio(SOURCES, value=FIRST, label="Semantics of", elem_id="semantic")
                 texture = gr.Radio(SOURCES, value=SECOND, label="Texture of", elem_id="texture")
-                listed, typed = _tokenizer_choice("mix")
+                listed, typed = tokenizer_choice("mix")
                 button = gr.Button("Mix", variant="primary", elem_id="mix")
                 result = gr.Image(
                     label="Result",
@@ -215,7 +195,7 @@ class Demo:
                     alt_text="The mixture",
                 )
                 facts = gr.Markdown(elem_id="mix-facts", elem_classes="facts")
-                pictures = _gallery("Beside both", 3, "mix-pictures")
+                pictures = gallery("Beside both", 3, "mix-pictures")
         button.click(
             self.mix, [first, second, listed, typed, semantic, texture], [result, pictures, facts],
             concurrency_id=MODELS, concurrency_limit=1, api_name="mix", scroll_to_output=True,
@@ -229,7 +209,7 @@ class Demo:
         with gr.Row():
             with gr.Column(min_width=300):
                 listed = gr.Radio(names, value=names[0] if names else None, label="Generator", elem_id="generator")
-                typed = _hub_field("generator")
+                typed = hub_field("generator")
                 classes = gr.Dropdown([], label="Class", elem_id="class")
                 number = gr.Slider(1, MAX_PICTURES, MAX_PICTURES, step=1, label="Pictures", elem_id="number")
                 seed = gr.Number(0, label="Seed of the first", precision=0, minimum=0, maximum=2**53 - MAX_PICTURES)
@@ -241,7 +221,7 @@ class Demo:
                 ]
                 button = gr.Button("Generate", variant="primary", elem_id="generate")
             with gr.Column(min_width=300):
-                drawn = _gallery("Pictures", 2, "drawn")
+                drawn = gallery("Pictures", 2, "drawn")
                 settings = gr.Markdown(elem_id="settings")
         shown = gr.State("")
         choice, offered = [listed, typed], [shown, classes, *controls]
@@ -251,69 +231,6 @@ class Demo:
             self.generate, [*choice, classes, number, seed, *controls], [drawn, settings],
             concurrency_id=MODELS, concurrency_limit=1, api_name="generate", scroll_to_output=True,
         )  # fmt: skip
-
-
-@contextmanager
-def messages() -> Iterator[None]:
-    """Show what a visitor can mend as a message; all else is "Error" to visitors, and a trace in the log only."""
-    try:
-        yield
-    except (ValueError, OSError, MemoryError, ImportError) as error:
-        # The text may repeat what a visitor typed, and gradio renders HTML.
-        text = html.escape(one_line(error), quote=False)
-        raise gr.Error(text, duration=20, title="That did not work", print_exception=False) from error
-
-
-def _upload(label: str, elem_id: str) -> gr.Image:
-    """A place to drop a picture, which hands on the path of the file.
-
-    gradio would open the file with every decoder there is, before our limits, and end in a trace if it cannot.
-    """
-    image = gr.Image(
-        label=label,
-        placeholder=f"Drop a picture here, or press to choose one\n{TAKEN}",
-        type="filepath",
-        image_mode=None,
-        sources=["upload", "clipboard"],
-        height=280,
-        elem_id=elem_id,
-        alt_text=label,
-    )
-    image.preprocess = lambda payload: None if payload is None else payload.path
-    return image
-
-
-def _examples(rows: Sequence[Sequence[str]], images: list[gr.Image], label: str) -> None:
-    """Buttons with names, which a screen reader can say; those with thumbnails have none."""
-    paths = [[str(photograph(EXAMPLES[name])) for name in row] for row in rows]
-    gr.Examples(paths, images, label=label, example_labels=[" and ".join(row) for row in rows])
-
-
-def _gallery(label: str, columns: int, elem_id: str) -> gr.Gallery:
-    """Pictures beside each other, whole, and without the losses of gradio's usual WebP."""
-    return gr.Gallery(
-        label=label,
-        columns=columns,
-        format="png",
-        object_fit="contain",
-        height="auto",
-        interactive=False,
-        elem_id=elem_id,
-        elem_classes="whole",
-    )
-
-
-def _tokenizer_choice(page: str) -> tuple[gr.Radio, gr.Textbox]:
-    names = bundled_tokenizers()
-    discrete_first = sorted(names, key=lambda name: not name.endswith("-vq"))
-    value = discrete_first[0] if names else None
-    return gr.Radio(names, value=value, label="Tokenizer", elem_id=f"{page}-tokenizer"), _hub_field(page)
-
-
-def _hub_field(page: str) -> gr.Textbox:
-    return gr.Textbox(
-        label="Or any repository of the Hub", placeholder="owner/name", max_length=200, elem_id=f"{page}-repository"
-    )
 
 
 def _chosen(listed: str | None, typed: str | None) -> str:
@@ -351,7 +268,7 @@ def launch(library: Library, **options: Any) -> gr.Blocks:
     """
     page = Demo(library).page()
     page.launch(
-        theme=gr.themes.Default(font=SYSTEM_FONTS, font_mono=SYSTEM_MONO),
+        theme=theme(),
         css=CSS,
         max_file_size=MAX_BYTES,
         footer_links=["api"],

@@ -1,7 +1,9 @@
 """The Space in a real browser, wide and narrow, by mouse and by keyboard, with files and names that are none."""
 
+import json
 import re
 import shutil
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -107,6 +109,17 @@ def test_hostile_files_get_a_message_and_no_trace(page, tmp_path):
         page.locator("#reconstruct").wait_for()
 
 
+def test_files_of_the_server_cannot_be_asked_for(address):
+    """Without a browser, a visitor may send any path."""
+    picture = {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}
+    data = json.dumps({"data": [picture, "dinotok-tiny-vq", "", 256]}).encode()
+    call = f"{address}gradio_api/call/reconstruct"
+    request = urllib.request.Request(call, data, {"Content-Type": "application/json"})
+    event = json.loads(urllib.request.urlopen(request).read())["event_id"]
+    answer = urllib.request.urlopen(f"{call}/{event}").read().decode()
+    assert answer.startswith("event: error") and "root:" not in answer and "PSNR" not in answer
+
+
 def test_a_file_beyond_the_limit_is_refused_on_its_way(page, tmp_path):
     path = tmp_path / "large.png"
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(21 * 2**20))
@@ -136,7 +149,12 @@ def test_a_generator_of_ones_own_shows_its_classes_and_options_and_its_progress(
     folder = Path(save_tiny_pipelines(tmp_path)["autoregressive"])
     prepare(page, "generate")
     assert page.locator("#steps").is_visible() and not page.locator("#temperature").is_visible()
+    set_number(page, "#steps", 7)
     field = page.locator("#generator-repository").get_by_label("Or any repository of the Hub")
+    field.focus()
+    field.press("Tab")  # the same generator still: nothing is set back
+    page.wait_for_timeout(1000)
+    assert page.locator("#steps input[type=number]").input_value() == "7"
     field.fill(str(folder))
     field.press("Tab")
     page.locator("#temperature").wait_for()
