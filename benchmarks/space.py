@@ -180,7 +180,7 @@ def take_screenshots(browser: Browser, address: str, folder: Path) -> None:
             perform(page, action)
             page.wait_for_timeout(1500)  # pictures fade in, and the page scrolls to them
             path = folder / f"space_{action}_{name}.jpg"
-            page.screenshot(path=path, full_page=True, type="jpeg", quality=80)
+            page.screenshot(path=path, full_page=True, type="jpeg", quality=72)
         page.context.close()
 
 
