@@ -31,7 +31,7 @@ CSS = """
 #mixture img { width: 100%; object-fit: contain; }
 .facts thead { display: none; }
 .facts td { overflow-wrap: anywhere; }
-.facts td:first-child { min-width: 6em; width: 1%; }
+.facts td:first-child { min-width: 8em; width: 1%; }
 @media (max-width: 640px) { .gradio-container { padding: 8px !important; } }
 """
 
@@ -44,7 +44,7 @@ def messages() -> Iterator[None]:
     except (ValueError, OSError, MemoryError, ImportError) as error:
         # The text may repeat what a visitor typed, and gradio renders HTML.
         text = html.escape(one_line(error), quote=False)
-        raise gr.Error(text, duration=20, title="That did not work", print_exception=False) from error
+        raise gr.Error(text, duration=20, print_exception=False) from error
 
 
 def upload_field(label: str, elem_id: str) -> gr.Image:

@@ -105,7 +105,7 @@ def test_hostile_files_get_a_message_and_no_trace(page, tmp_path):
             toast = page.locator(TOAST)
             toast.wait_for()
             text = toast.inner_text()
-            assert "That did not work" in text and words in text and "Traceback" not in text, (name, text)
+            assert words in text and "Traceback" not in text, (name, text)
             page.locator("[data-testid=toast-close]").click()
             toast.wait_for(state="detached")
         page.get_by_label("Remove Image").first.click()
