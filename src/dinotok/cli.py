@@ -13,6 +13,7 @@ from .command_line import BatchSize, Device, Dtype, ModelDtype, Output, Revision
 from .convert.cli import convert_app
 from .evaluation.cli import evaluate_app
 from .generate_cli import generate
+from .hub_cli import card, export, push
 
 # torch, diffusers and what imports them wait until a command runs: `dinotok --help` is quick.
 if TYPE_CHECKING:
@@ -30,7 +31,8 @@ app = typer.Typer(
 
 app.add_typer(convert_app, name="convert")
 app.add_typer(evaluate_app, name="evaluate")
-app.command()(generate)
+for command in (generate, export, push, card):
+    app.command()(command)
 
 SOME_FAILED = 1
 _MAX_TABLE_ROWS = 20

@@ -17,12 +17,12 @@ from types import ModuleType
 
 _PACKAGE = __package__
 
-_BEGIN = '''\
+_BEGIN = """\
 # diffusers runs a file of code anew at every load, and for folders always in the module of that file's name. Under a
 # name made of its content, the classes of one load are those of the next, and no other file can replace them.
 _LOADED_AS, __name__ = __name__, "dinotok_code_{digest}"
 sys.modules.setdefault(__name__, sys.modules[_LOADED_AS])
-'''
+"""
 
 _END = '''\
 def _settle(is_pipeline: bool) -> None:
@@ -39,7 +39,7 @@ def _settle(is_pipeline: bool) -> None:
         if is_pipeline:  # where diffusers looks for the components that model_index.json lists as ["dinotok", class]
             diffusers.pipelines.dinotok = first
     module = types.ModuleType(_LOADED_AS)  # the next load runs in a module of its own
-    vars(module).update(globals())
+    vars(module).update(globals(), __name__=_LOADED_AS)
     sys.modules[_LOADED_AS] = module
 
 
@@ -81,8 +81,9 @@ def standalone_code(class_names: Sequence[str]) -> str:
         ValueError: If two modules use one name for different things, or import in a way that a single file cannot
             follow.
     """
-    import dinotok
     from diffusers import DiffusionPipeline
+
+    import dinotok
 
     classes = [getattr(dinotok, name) for name in class_names]
     modules: dict[str, _Module] = {}
@@ -95,7 +96,7 @@ def standalone_code(class_names: Sequence[str]) -> str:
     public = sorted(name for name in dinotok.__all__ if any(name in module.names for module in modules.values()))
     header = (
         f'"""{", ".join(class_names)}: dinotok {dinotok.__version__} in one file (Apache-2.0).\n\n'
-        'Written by `dinotok export` from the modules named below; where dinotok is installed, its classes are used.\n"""'
+        'Written by `dinotok export` from the modules named below; an installed dinotok goes first.\n"""'
     )
     end = _END.format(public=public, is_pipeline=issubclass(classes[-1], DiffusionPipeline))
     digest = hashlib.sha256("\n".join([*imports, code, end]).encode()).hexdigest()[:16]
