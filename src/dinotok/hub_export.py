@@ -16,10 +16,10 @@ from .bundled import bundled_folder, bundled_models, resolve_bundled
 from .generation import BUNDLED_TOKENIZER, TOKENIZER_COMPONENTS, find_pipeline
 from .hub import AUTO_MAP, locate, read_config
 from .hub_code import standalone_code
+from .hub_upload import CARD_NAME, repository_files
 from .models.tokenizer_model import ENCODER_PREFIX
 from .pipeline_helpers import write_pipeline_code
 
-CARD_NAME = "README.md"
 _INDEX, _CONFIG = "model_index.json", "config.json"
 # What belongs to a model; nothing else of a folder is published.
 _FILES = ("*.json", "*.safetensors", CARD_NAME)
@@ -78,16 +78,6 @@ def export_repository(name_or_path: str, output: Path, revision: str | None = No
         folder.rename(output)
     export.files = repository_files(output)
     return export
-
-
-def repository_files(folder: Path) -> dict[str, int]:
-    """Return the files of a folder, relative to it with `/`, and their sizes; hidden ones are left out."""
-    relative = {path: path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()}
-    return {
-        name.as_posix(): path.stat().st_size
-        for path, name in relative.items()
-        if not any(part.startswith(".") for part in name.parts)
-    }
 
 
 def _export_model(name: str, source: Path, folder: Path, notes: list[str]) -> None:

@@ -6,12 +6,21 @@ from huggingface_hub import ModelCard, create_repo, upload_folder
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from .hub_export import CARD_NAME, repository_files
-
+CARD_NAME = "README.md"
 # Formats that run code when they are read.
 _PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 # What connection errors derive from: the HTTP library's own class, `httpx` or `httpx2` by huggingface_hub's version.
 _HTTP_ERROR = HfHubHTTPError.__bases__[0]
+
+
+def repository_files(folder: Path) -> dict[str, int]:
+    """Return the files of a folder, relative to it with `/`, and their sizes; hidden ones are left out."""
+    relative = {path: path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        name.as_posix(): path.stat().st_size
+        for path, name in relative.items()
+        if not any(part.startswith(".") for part in name.parts)
+    }
 
 
 def check_repository(folder: Path, repo_id: str) -> dict[str, int]:
