@@ -2,8 +2,9 @@
 
     python tests/load_repositories.py {with,without} PREFIX EXPECTED
 
-`without` makes `import dinotok` fail first. PREFIX is a folder of repositories, or their owner on a Hub. Only diffusers is
-used, as a stranger knows nothing else. EXPECTED is a safetensors file: inputs and outputs of each repository.
+`without` makes `import dinotok` fail first. PREFIX is a folder of repositories, or their owner on a Hub. Only
+diffusers is used, as a stranger knows nothing else. EXPECTED is a safetensors file: what goes in, and what each
+repository makes of it.
 """
 
 import sys

@@ -27,7 +27,7 @@ from tests.tiny_tokenizers import tiny_discrete_tokenizer, tiny_region_tokenizer
 ROOT = Path(__file__).parents[1]
 SCRIPT = Path(__file__).with_name("load_repositories.py")
 CARD = "---\nlicense: mit\n---\n# A model\n"
-# Where torch and diffusers are: with -S and this alone on the path, Python finds no package that is installed editable.
+# Where torch and diffusers are: with -S, and this alone on the path, no package that is installed editable is found.
 PACKAGES = Path(torch.__file__).parents[1]
 
 
@@ -35,6 +35,7 @@ PACKAGES = Path(torch.__file__).parents[1]
 def repositories(tmp_path_factory) -> Path:
     """A repository of each kind, and what their models make: `expected.safetensors`."""
     folder = tmp_path_factory.mktemp("repositories")
+    (folder / "card.md").write_text(CARD)
     models = {
         "autoencoder": tiny_tokenizer(),
         "discrete": tiny_discrete_tokenizer(),
@@ -46,7 +47,7 @@ def repositories(tmp_path_factory) -> Path:
     expected = {"pixels": pixels}
     for name, model in models.items():
         model.save_pretrained(folder / "saved" / name)
-        export_repository(str(folder / "saved" / name), folder / name, card=CARD)
+        export_repository(str(folder / "saved" / name), folder / name, card=folder / "card.md")
         expected[name] = output_of(name, model, pixels)
     save_file(expected, folder / "expected.safetensors")
     return folder
@@ -137,12 +138,18 @@ def test_what_nobody_else_could_load_is_refused(repositories, tmp_path):
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out-*"))
 
 
-def test_a_model_without_a_card_gets_one_that_asks_to_be_completed(repositories, tmp_path):
-    made = export_repository(str(repositories / "saved" / "autoencoder"), tmp_path / "mine")
-    text = (tmp_path / "mine" / "README.md").read_text()
-    assert "Not scored yet" in text and 'AutoModel.from_pretrained("mine", trust_remote_code=True)' in text
-    assert any("complete it, its licence first" in note for note in made.notes)
+def test_a_card_is_given_or_the_models_own_or_asks_to_be_completed(repositories, tmp_path):
+    saved = str(repositories / "saved" / "autoencoder")
+    made = export_repository(saved, tmp_path / "mine")
     card = tmp_path / "mine" / "README.md"
+    assert "Not scored yet" in card.read_text()
+    assert 'AutoModel.from_pretrained("mine", trust_remote_code=True)' in card.read_text()
+    assert any("complete it, its licence first" in note for note in made.notes)
     card.write_text(CARD)
     export_repository(str(tmp_path / "mine"), tmp_path / "again")
-    assert (tmp_path / "again" / "README.md").read_text() == CARD  # the model's own card stays
+    assert (tmp_path / "again" / "README.md").read_text() == CARD
+    (tmp_path / "cards").mkdir()
+    values = {"license": "mit", "description": "{{ config.patch_size }} pixels", "snippets": [], "results": []}
+    (tmp_path / "cards" / "given.json").write_text(json.dumps(values))
+    export_repository(saved, tmp_path / "given", card=tmp_path / "cards" / "given.json")
+    assert "# given\n\n16 pixels\n" in (tmp_path / "given" / "README.md").read_text()

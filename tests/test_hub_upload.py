@@ -59,7 +59,8 @@ def hub(tmp_path_factory) -> Iterator[LocalHub]:
 def repository(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("repositories")
     tiny_tokenizer().save_pretrained(folder / "saved")
-    return export_repository(str(folder / "saved"), folder / "tokenizer", card=CARD).folder
+    (folder / "card.md").write_text(CARD)
+    return export_repository(str(folder / "saved"), folder / "tokenizer", card=folder / "card.md").folder
 
 
 def push(hub: LocalHub, home: Path, *arguments: str) -> subprocess.CompletedProcess:

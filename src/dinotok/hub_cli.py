@@ -14,17 +14,15 @@ def export(
     model: Annotated[str, typer.Argument(help="Folder, Hub repository, or model of the package.")],
     output: Annotated[Path, typer.Argument(help="Folder to make, which then is a repository.")],
     card: Annotated[
-        Path | None, typer.Option(help="JSON of the model card; by default the card that the model has.")
+        Path | None, typer.Option(help="Model card (.md) or its JSON; by default the card that the model has.")
     ] = None,
     revision: Revision = None,
 ) -> None:
     """Write a model or pipeline as a Hub repository: weights, configs, code that needs no dinotok, and card."""
     with user_errors():
         from .hub_export import export_repository
-        from .model_cards import read_card, render_card
 
-        text = None if card is None else render_card(read_card(card.stem, card.parent))
-        made = export_repository(model, output, revision, text)
+        made = export_repository(model, output, revision, card)
         _print_files(made.files)
         for note in made.notes:
             typer.echo(f"note: {note}", err=True)
@@ -66,7 +64,7 @@ def card(
             raise ValueError("Name cards, or pass --all.")
         outdated = []
         for name in card_names(folder) if render_all else names or ():
-            path, text = folder / f"{name}.md", render_card(read_card(name, folder))
+            path, text = folder / f"{name}.md", render_card(read_card(folder / f"{name}.json"))
             if path.is_file() and path.read_text(encoding="utf-8") == text:
                 continue
             outdated.append(path)

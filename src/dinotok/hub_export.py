@@ -41,7 +41,9 @@ class Export:
     notes: list[str] = field(default_factory=list)
 
 
-def export_repository(name_or_path: str, output: Path, revision: str | None = None, card: str | None = None) -> Export:
+def export_repository(
+    name_or_path: str, output: Path, revision: str | None = None, card: Path | None = None
+) -> Export:
     """Write a folder that can be pushed to the Hub, and that loads where dinotok is not installed.
 
     Weights are copied as they are; an encoder that only the package has joins those of its tokenizer. A tokenizer or
@@ -53,8 +55,8 @@ def export_repository(name_or_path: str, output: Path, revision: str | None = No
         name_or_path: A folder that `save_pretrained` wrote, a repository, or a model of the package.
         output: The folder to make; missing or empty.
         revision: Branch, tag or commit of a repository.
-        card: Text of the model card; by default that of the package's model or the one in the folder, or one that
-            says what the files say.
+        card: A card to copy (.md), or its JSON to render; by default that of the package's model or the one in the
+            folder, or one that says what the files say.
 
     Raises:
         OSError: If files are missing, or there is no such folder or repository.
@@ -71,7 +73,7 @@ def export_repository(name_or_path: str, output: Path, revision: str | None = No
         folder.mkdir()
         export_into = _export_pipeline if (source / _INDEX).is_file() else _export_model
         export_into(name_or_path, source, folder, export.notes)
-        text = card or _card(bundled, folder, output.name, export.notes)
+        text = _card(bundled, folder, output.name, export.notes) if card is None else _given_card(card, folder)
         (folder / CARD_NAME).write_text(text, encoding="utf-8")
         if output.is_dir():
             output.rmdir()
@@ -172,6 +174,14 @@ def _without_path(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _given_card(path: Path, folder: Path) -> str:
+    from .model_cards import read_card, render_card
+
+    if path.suffix == ".json":
+        return render_card(read_card(path, folder))
+    return path.read_text(encoding="utf-8")
 
 
 def _card(bundled: str | None, folder: Path, name: str, notes: list[str]) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, TemplateError
 from safetensors import safe_open
 
 from .bundled import bundled_folder, bundled_models
@@ -46,25 +46,26 @@ def card_names(folder: Path) -> list[str]:
     return sorted(path.stem for path in folder.glob("*.json") if not path.name.startswith("_"))
 
 
-def read_card(name: str, folder: Path) -> CardSource:
+def read_card(path: Path, model: Path | None = None) -> CardSource:
     """Read the JSON of a card.
 
     Args:
-        name: Of the JSON file, and of the model in the package, if there is one.
-        folder: With the JSON files; paths in them are relative to the folder around it.
+        path: Of the file, named by the card; paths in it are relative to the folder around its own.
+        model: The folder of the model; by default that of the model of the package of this name, if there is one.
 
     Raises:
         OSError: If there is no such file.
         ValueError: If it is not JSON.
     """
-    values = read_config(folder / f"{name}.json", name, "model card")
-    shared = folder / "_shared.json"
+    name, shared = path.stem, path.with_name("_shared.json")
+    if model is None and name in bundled_models():
+        model = bundled_folder(name)
     return CardSource(
-        name,
-        values,
-        folder.resolve().parent,
-        bundled_folder(name) if name in bundled_models() else None,
-        read_config(shared, name, "model card") if shared.is_file() else {},
+        name=name,
+        values=read_config(path, name, "model card"),
+        root=path.resolve().parents[1],
+        model=model,
+        shared=read_config(shared, name, "model card") if shared.is_file() else {},
     )
 
 
@@ -80,11 +81,9 @@ def render_card(card: CardSource) -> str:
     """Return a card as Markdown with a YAML header.
 
     Raises:
-        OSError: If a file of results or of commands is missing that the JSON does not call optional.
+        OSError: If the page of commands is missing; missing results are rows that say so.
         ValueError: If the JSON lacks a part, or names a value that is nowhere.
     """
-    from jinja2 import UndefinedError
-
     environment = Environment(
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
@@ -116,9 +115,10 @@ def render_card(card: CardSource) -> str:
             header=_header(card),
             snippets=snippets,
             commands=training_commands(card),
+            commit=values.get("commit", "unknown"),
             results=results,
         )
-    except UndefinedError as error:
+    except TemplateError as error:
         raise ValueError(f"The card of {card.name!r}: {error}.") from error
     except KeyError as error:
         raise ValueError(f"The card of {card.name!r} lacks {error}.") from error
@@ -201,7 +201,7 @@ def plain_card(name: str, folder: Path) -> str:
         "limits": "Not described yet.",
         "licence": "Not stated yet: it depends on the pictures of the training and on the frozen encoder.",
     }
-    return render_card(CardSource(name, values, folder, folder, {}))
+    return render_card(CardSource(name, values, root=folder, model=folder, shared={}))
 
 
 def _table(card: CardSource, table: dict[str, Any]) -> str:
