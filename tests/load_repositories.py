@@ -52,7 +52,7 @@ def main() -> None:
     loaded["diffusion"].save_pretrained(again)
     saved = DiffusionPipeline.from_pretrained(again, trust_remote_code=True)
     torch.testing.assert_close(output_of("diffusion", saved, expected["pixels"]), expected["diffusion"])
-    print("all as expected")
+    print("all as expected", flush=True)
 
 
 if __name__ == "__main__":

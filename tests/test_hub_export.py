@@ -19,8 +19,8 @@ from dinotok.generation import BUNDLED_TOKENIZER, load_pipeline
 from dinotok.hub import find_tokenizer, load_tokenizer
 from dinotok.hub_code import standalone_code
 from dinotok.hub_export import export_repository
-from tests.load_repositories import output_of
-from tests.test_hub_upload import LocalHub, hub, push  # noqa: F401 - a fixture
+from tests.load_repositories import MODELS, PIPELINES, output_of
+from tests.test_hub_upload import hub  # noqa: F401 - a fixture
 from tests.tiny_pipelines import tiny_ar_pipeline, tiny_dit_pipeline
 from tests.tiny_tokenizers import tiny_discrete_tokenizer, tiny_region_tokenizer, tiny_tokenizer
 
@@ -58,7 +58,7 @@ def load_elsewhere(mode: str, prefix: str, repositories: Path, home: Path, **env
     path = PACKAGES if mode == "without" else f"{ROOT / 'src'}{os.pathsep}{PACKAGES}"
     variables = {"PATH": os.environ["PATH"], "HF_HOME": str(home), "PYTHONPATH": str(path), **environment}
     command = [sys.executable, "-S", str(SCRIPT), mode, prefix, str(repositories / "expected.safetensors")]
-    done = subprocess.run(command, cwd=home, env=variables, capture_output=True, text=True, timeout=500)
+    done = subprocess.run(command, cwd=home, env=variables, capture_output=True, text=True, timeout=1500)
     assert done.returncode == 0, done.stderr
     assert "all as expected" in done.stdout
 
@@ -70,12 +70,14 @@ def test_repositories_load_offline_with_and_without_dinotok(repositories, tmp_pa
 
 @pytest.mark.slow
 def test_repositories_load_from_a_hub_without_dinotok(repositories, hub, tmp_path):  # noqa: F811
-    for name in ("autoencoder", "discrete", "regions", "diffusion", "autoregressive"):
-        done = push(hub, tmp_path, str(repositories / name), f"someone/{name}")
-        assert done.returncode == 0, done.stderr
-    variables = {key: value for key, value in hub.environment(tmp_path).items() if key.startswith("HF_")}
-    variables.pop("HF_HOME")
-    load_elsewhere("without", "someone", repositories, tmp_path, **variables)
+    code = (
+        "import pathlib, sys; from dinotok.hub_upload import push_folder; folder = pathlib.Path(sys.argv[1])\n"
+        "for name in sys.argv[2:]: push_folder(folder / name, f'someone/{name}')"
+    )
+    command = [sys.executable, "-c", code, str(repositories), *MODELS, *PIPELINES]
+    done = subprocess.run(command, env=hub.environment(tmp_path), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    load_elsewhere("without", "someone", repositories, tmp_path, HF_ENDPOINT=hub.address)
 
 
 def test_the_package_reads_repositories_without_trust(repositories):
@@ -130,6 +132,9 @@ def test_what_nobody_else_could_load_is_refused(repositories, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
         export_repository(str(tmp_path), tmp_path / "out")
     (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
+    with pytest.raises(FileNotFoundError, match="has no weights in safetensors"):
+        export_repository(str(tmp_path), tmp_path / "out")
+    save_file({"weight": torch.zeros(1)}, tmp_path / "diffusion_pytorch_model.safetensors")
     with pytest.raises(ValueError, match="AutoencoderKL, which is no model of dinotok"):
         export_repository(str(tmp_path), tmp_path / "out")
     tiny_tokenizer().save_pretrained(tmp_path / "without", include_encoder=False)

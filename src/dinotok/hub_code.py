@@ -25,7 +25,7 @@ sys.modules.setdefault(__name__, sys.modules[_LOADED_AS])
 """
 
 _END = '''\
-def _settle(is_pipeline: bool) -> None:
+def _settle(loaded_as: str, is_pipeline: bool) -> None:
     """Keep the classes of an installed dinotok, or else of the first load."""
     try:
         installed = importlib.import_module("dinotok")
@@ -38,13 +38,13 @@ def _settle(is_pipeline: bool) -> None:
         globals().update(vars(first))
         if is_pipeline:  # where diffusers looks for the components that model_index.json lists as ["dinotok", class]
             diffusers.pipelines.dinotok = first
-    module = types.ModuleType(_LOADED_AS)  # the next load runs in a module of its own
-    vars(module).update(globals(), __name__=_LOADED_AS)
-    sys.modules[_LOADED_AS] = module
+    module = types.ModuleType(loaded_as)  # the next load runs in a module of its own
+    vars(module).update(globals(), __name__=loaded_as)
+    sys.modules[loaded_as] = module
 
 
 _PUBLIC = {public}
-_settle(is_pipeline={is_pipeline})
+_settle(_LOADED_AS, is_pipeline={is_pipeline})
 '''
 
 _NEEDED = ("import importlib", "import sys", "import types", "import diffusers.pipelines")
@@ -117,7 +117,8 @@ def _take_apart(module: ModuleType) -> _Module:
     """Split a module into what it defines and what it imports."""
     source = inspect.getsource(module)
     lines = source.splitlines()
-    taken, dropped = _Module(module.__name__), set()
+    taken = _Module(module.__name__)
+    dropped: set[int] = set()
     tree = ast.parse(source)
     _refuse_late_imports(tree, module.__name__)
     for index, node in enumerate(tree.body):

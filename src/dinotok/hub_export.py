@@ -88,6 +88,7 @@ def _export_model(name: str, source: Path, folder: Path, notes: list[str]) -> No
 
     config = read_config(source / _CONFIG, name, "model")
     _copy(source, folder)
+    _check_weights(folder, name)
     class_name = config.get("_class_name")
     if class_name is None and "model_type" in config:
         return  # transformers knows it
@@ -105,8 +106,7 @@ def _export_pipeline(name: str, source: Path, folder: Path, notes: list[str]) ->
     import dinotok
 
     found = find_pipeline(source)
-    index = {key: value for key, value in read_config(source / _INDEX, name, "pipeline").items()}
-    index["_class_name"] = found.class_name
+    index = read_config(source / _INDEX, name, "pipeline") | {"_class_name": found.class_name}
     _copy(source, folder)
     for component in (path for path in sorted(source.iterdir()) if path.name in index and path.is_dir()):
         _copy(component, folder / component.name)
@@ -117,6 +117,7 @@ def _export_pipeline(name: str, source: Path, folder: Path, notes: list[str]) ->
         index[tokenizer] = ["dinotok", read_config(bundled / _CONFIG, bundled.name, "tokenizer")["_class_name"]]
     for path in folder.glob(f"*/{_CONFIG}"):
         config = read_config(path, name, "model")
+        _check_weights(path.parent, f"{name}/{path.parent.name}")
         _complete_tokenizer(config, path.parent, notes)
         _write_json(path, _without_path(config))
     rows = [row[1] for row in index.values() if isinstance(row, list) and row[1] in dinotok.__all__]
@@ -128,6 +129,11 @@ def _copy(source: Path, folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     for path in (path for pattern in _FILES for path in source.glob(pattern) if path.name[0] != "."):
         shutil.copyfile(path, folder / path.name)
+
+
+def _check_weights(folder: Path, name: str) -> None:
+    if not any(folder.glob("*.safetensors")):
+        raise FileNotFoundError(f"{name!r} has no weights in safetensors.")
 
 
 def _complete_tokenizer(config: Mapping[str, Any], folder: Path, notes: list[str]) -> None:

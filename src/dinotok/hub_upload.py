@@ -10,7 +10,7 @@ CARD_NAME = "README.md"
 # Formats that run code when they are read.
 _PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 # What connection errors derive from: the HTTP library's own class, `httpx` or `httpx2` by huggingface_hub's version.
-_HTTP_ERROR = HfHubHTTPError.__bases__[0]
+_HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
 
 
 def repository_files(folder: Path) -> dict[str, int]:
