@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoModel
 
-from dinotok import DINOTokDiTPipeline
+from dinotok import AutoencoderDINOTok, DINOTokDiTPipeline
 from dinotok.bundled import bundled_folder, bundled_models
 from dinotok.generation import BUNDLED_TOKENIZER, load_pipeline
 from dinotok.hub import find_tokenizer, load_tokenizer
@@ -90,6 +90,8 @@ def test_the_package_reads_repositories_without_trust(repositories):
     }
     for name, model in {"autoencoder": tokenizer, **pipelines}.items():
         torch.testing.assert_close(output_of(name, model, expected["pixels"]), expected[name])
+    vae = AutoencoderDINOTok.from_pretrained(repositories / "diffusion", subfolder="vae")
+    torch.testing.assert_close(vae(expected["pixels"]).sample, pipelines["diffusion"].vae(expected["pixels"]).sample)
     saved = repositories / "saved" / "autoencoder"
     assert find_tokenizer(str(repositories / "autoencoder")).digest == find_tokenizer(str(saved)).digest
     with pytest.raises(ValueError, match="trust_remote_code"):
