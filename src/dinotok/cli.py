@@ -14,6 +14,7 @@ from .convert.cli import convert_app
 from .corpus_cli import encode_corpus
 from .evaluation.cli import evaluate_app
 from .generate_cli import generate
+from .hub_cli import card, export, push
 
 # torch, diffusers and what imports them wait until a command runs: `dinotok --help` is quick.
 if TYPE_CHECKING:
@@ -31,8 +32,8 @@ app = typer.Typer(
 
 app.add_typer(convert_app, name="convert")
 app.add_typer(evaluate_app, name="evaluate")
-app.command()(generate)
-app.command()(encode_corpus)
+for command in (generate, encode_corpus, export, push, card):
+    app.command()(command)
 
 SOME_FAILED = 1
 _MAX_TABLE_ROWS = 20

@@ -16,6 +16,8 @@ from .models.tokenizer_model import TokenizerModel
 if TYPE_CHECKING:
     from .generation import PipelineFiles
 
+# The entry of `config.json` that names code for `AutoModel.from_pretrained(..., trust_remote_code=True)`.
+AUTO_MAP = "auto_map"
 _WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model-?????-of-?????.safetensors")
 _FILES = ("config.json", "diffusion_pytorch_model.safetensors.index.json", *_WEIGHTS)
 
@@ -139,7 +141,7 @@ def folder_digest(folder: str | os.PathLike[str]) -> str:
     """Identify the tokenizer in a folder by what is in its files: SHA-256 over the weights and the config.
 
     The config counts because the latents' mean and standard deviation are in it; entries that begin with an
-    underscore, which say what wrote it, do not.
+    underscore, which say what wrote it, and `auto_map`, which names code beside it, do not.
 
     Args:
         folder: Written by `save_pretrained`.
@@ -156,7 +158,9 @@ def folder_digest(folder: str | os.PathLike[str]) -> str:
     if not weights:
         raise FileNotFoundError(f"{str(folder)!r} has no {_WEIGHTS[0]}.")
     config = {
-        key: value for key, value in read_config(folder / "config.json", str(folder), "model").items() if key[0] != "_"
+        key: value
+        for key, value in read_config(folder / "config.json", str(folder), "model").items()
+        if key[0] != "_" and key != AUTO_MAP
     }
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for path in weights:

@@ -80,13 +80,12 @@ class PipelineCodeMixin:
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)  # type: ignore[misc]
         index_file = Path(save_directory) / self.config_name  # type: ignore[attr-defined]
         index = json.loads(index_file.read_text(encoding="utf-8"))
-        index["_class_name"] = ["pipeline", type(self).__name__]
-        for name, row in index.items():
-            if isinstance(row, list) and str(row[0]).split(".")[0] == "dinotok":
+        own = type(self).__module__  # of the components as well, where a repository's code is used without dinotok
+        for row in index.values():
+            if isinstance(row, list) and row[0] == own:
                 row[0] = "dinotok"
-                _write(index_file.parent / name / "dinotok.py", f"from dinotok import {row[1]} as {row[1]}\n")
-        _write(index_file.parent / "pipeline.py", Path(inspect.getfile(type(self))).read_text(encoding="utf-8"))
-        _write(index_file, json.dumps(index, indent=2, sort_keys=True) + "\n")
+        code = Path(inspect.getfile(type(self))).read_text(encoding="utf-8")
+        write_pipeline_code(index_file.parent, {**index, "_class_name": type(self).__name__}, code)
 
     @classmethod
     def _dict_from_json_file(cls, json_file: str | os.PathLike[str]) -> dict[str, Any]:
@@ -95,6 +94,23 @@ class PipelineCodeMixin:
         if isinstance(index.get("_class_name"), list):
             index["_class_name"] = index["_class_name"][1]
         return index
+
+
+def write_pipeline_code(folder: Path, index: Mapping[str, Any], code: str) -> None:
+    """Write `pipeline.py`, a line of code for each component of dinotok, and `model_index.json` that names them.
+
+    Args:
+        folder: With a folder for each component.
+        index: For `model_index.json`; `_class_name` is the class in `code`.
+        code: For `pipeline.py`.
+    """
+    rows: dict[str, Any] = {**index, "_class_name": ["pipeline", index["_class_name"]]}
+    for name, row in index.items():
+        if isinstance(row, list) and str(row[0]).split(".")[0] == "dinotok":
+            rows[name] = ["dinotok", row[1]]
+            _write(folder / name / "dinotok.py", f"from dinotok import {row[1]} as {row[1]}\n")
+    _write(folder / "pipeline.py", code)
+    _write(folder / "model_index.json", json.dumps(rows, indent=2, sort_keys=True) + "\n")
 
 
 def _write(path: Path, text: str) -> None:

@@ -22,13 +22,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, set_seed
 from diffusers.training_utils import EMAModel
-from huggingface_hub import ModelCardData, create_repo, upload_folder
+from huggingface_hub import ModelCardData
 from PIL import Image
 from safetensors import safe_open
 from torch import nn
 from transformers import HfArgumentParser
 
 from . import __version__
+from .hub_upload import push_folder
 from .models.encoders import FrozenEncoder
 
 Options = TypeVar("Options")
@@ -382,8 +383,7 @@ def publish(model: Any, folder: Path, record: Mapping[str, Any], repo_id: str | 
     card = training_card(type(model).__name__, model.config.get("encoder_repository"), record)
     (folder / "README.md").write_text(card, encoding="utf-8")
     if repo_id is not None:
-        repo_id = create_repo(repo_id, exist_ok=True).repo_id
-        upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Trained model")
+        push_folder(folder, repo_id, message="Trained model")
 
 
 def training_card(class_name: str, base_model: str | None, record: Mapping[str, Any]) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import EvalResult, ModelCardData
 
 from ..folders import writing
 
@@ -32,19 +33,16 @@ def write_evaluation(report: dict[str, Any], output: Path) -> None:
         temporary.write_text(text + "\n", encoding="utf-8")
 
 
-def write_model_index(report: dict[str, Any], output: Path, task: str, task_name: str) -> None:
-    """Write `model-index.md`: the YAML block to put at the head of a model card.
+def model_index(report: dict[str, Any], task: str, task_name: str) -> list[EvalResult]:
+    """Return a report's entries for the `model-index` of a model card.
 
     Args:
-        report: With `model`, `dataset`, `split` and `metrics`; values that are not finite are left out.
-        output: Folder.
+        report: With `dataset`, `split` and `metrics`; values that are not finite are left out.
         task: Of the Hub, such as `image-to-image`.
         task_name: In words.
     """
-    from huggingface_hub import EvalResult, ModelCardData
-
     dataset, split = str(report["dataset"]), str(report["split"]).split("[")[0]
-    results = [
+    return [
         EvalResult(
             task_type=task,
             task_name=task_name,
@@ -57,7 +55,18 @@ def write_model_index(report: dict[str, Any], output: Path, task: str, task_name
         for name, value in report["metrics"].items()
         if math.isfinite(value)
     ]
-    name = Path(str(report["model"])).name
+
+
+def write_model_index(report: dict[str, Any], output: Path, task: str, task_name: str) -> None:
+    """Write `model-index.md`: the YAML block to put at the head of a model card.
+
+    Args:
+        report: As in `model_index`, and `model`.
+        output: Folder.
+        task: As in `model_index`, and so is the next.
+        task_name: Likewise.
+    """
+    name, results = Path(str(report["model"])).name, model_index(report, task, task_name)
     data = ModelCardData(model_name=name, eval_results=results, ignore_metadata_errors=False)
     with writing(output / "model-index.md") as temporary:
         temporary.write_text(f"---\n{data.to_yaml()}\n---\n", encoding="utf-8")

@@ -36,7 +36,8 @@ from .tiling import tiled_map
 logger = logging.get_logger(__name__)
 
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
-_ENCODER_PREFIX = "encoder.model."
+# Of the encoder's weights in a checkpoint that has them.
+ENCODER_PREFIX = "encoder.model."
 # While `from_pretrained(encoder=...)` runs: the encoder it asks for, and how to reach the Hub.
 _requested_encoder: ContextVar[tuple[str | None, dict[str, Any]]] = ContextVar("requested_encoder", default=(None, {}))
 # Which of a call's Hub arguments hold for the encoder's repository as well.
@@ -462,13 +463,20 @@ class TokenizerModel(ModelMixin, AutoencoderMixin, ConfigMixin):
         _check_loaded(model, report, str(pretrained_model_name_or_path), bool(kwargs.get("ignore_mismatched_sizes")))
         return loaded if wants_report else model
 
+    @classmethod
+    def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict[str, Any]:
+        """Read `config.json` without the entry that names code for `AutoModel`, which is no part of the model."""
+        config = super()._dict_from_json_file(json_file)
+        config.pop("auto_map", None)
+        return config
+
     def _fix_state_dict_keys_on_load(self, state_dict: dict[str, torch.Tensor]) -> None:
         """Complete a checkpoint saved without its encoder, and follow `transformers` where it renamed modules."""
         super()._fix_state_dict_keys_on_load(state_dict)
         inside = {
-            key.removeprefix(_ENCODER_PREFIX): state_dict.pop(key)
+            key.removeprefix(ENCODER_PREFIX): state_dict.pop(key)
             for key in list(state_dict)
-            if key.startswith(_ENCODER_PREFIX)
+            if key.startswith(ENCODER_PREFIX)
         }
         passed, _ = _requested_encoder.get()
         if inside and passed is not None:
@@ -480,7 +488,7 @@ class TokenizerModel(ModelMixin, AutoencoderMixin, ConfigMixin):
             for name, key in canonical_keys(self.encoder.model.state_dict()).items()
             if name in stored
         }
-        state_dict.update({_ENCODER_PREFIX + renamed.get(key, key): value for key, value in weights.items()})
+        state_dict.update({ENCODER_PREFIX + renamed.get(key, key): value for key, value in weights.items()})
 
     def _fetch_encoder(self) -> dict[str, torch.Tensor]:
         """Load the encoder that a checkpoint was saved without, and check that it is the right one."""
