@@ -55,7 +55,7 @@ def encode_corpus(
     with user_errors():
         from .corpus import Corpus, CorpusOptions, slurm_share
         from .corpus import encode_corpus as encode
-        from .evaluation.passes import process_group
+        from .evaluation.passes import process_group, rank_and_processes
         from .folders import check_output
 
         check_output(output)
@@ -78,8 +78,8 @@ def encode_corpus(
             num_workers=num_workers,
         )
         corpus = Corpus.find(shards, output, options)
-        with process_group() as processes:
-            rank, world_size = slurm_share(os.environ, *processes)
+        with process_group():
+            rank, world_size = slurm_share(os.environ, *rank_and_processes())
             report = encode(corpus, _report_failure, _device(device), rank, world_size, verify)
             _print_report(report, output, rank, world_size)
     if report.failed:
