@@ -14,7 +14,7 @@ from dinotok.hub import find_tokenizer
 from dinotok.models.tokenizer_model import TokenizerModel
 
 MAX_DOWNLOAD = 4 * 2**30
-_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+_REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 _KEPT = 2
 
 

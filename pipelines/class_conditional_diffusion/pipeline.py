@@ -25,7 +25,6 @@ from diffusers.utils.torch_utils import randn_tensor
 
 import dinotok
 from dinotok.flow_matching import dimension_shift, set_sigmas, sigma_grid
-from dinotok.models.tokenizer_model import TokenizerModel
 from dinotok.models.transformer_diffusion import DiffusionTransformer2DModel
 from dinotok.pipeline_helpers import ClassLabels, PipelineCodeMixin, class_ids
 
@@ -179,7 +178,7 @@ class DINOTokDiTPipeline(PipelineCodeMixin, DiffusionPipeline, SanaLoraLoaderMix
         The tokenizers of dinotok and `AutoencoderRAE` normalise latents themselves; those of other autoencoders are
         scaled by whoever uses them. `AutoencoderRAE` speaks of pixels in [0, 1].
         """
-        if not isinstance(self.vae, TokenizerModel | AutoencoderRAE):
+        if not (_is_tokenizer(self.vae) or isinstance(self.vae, AutoencoderRAE)):
             latents = _unscaled(latents, self.vae.config)
         pixels = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0].float()
         return 2 * pixels - 1 if isinstance(self.vae, AutoencoderRAE) else pixels
@@ -273,6 +272,11 @@ def _check_channels(transformer: DiffusionTransformer2DModel, vae: ModelMixin) -
         )
 
 
+def _is_tokenizer(vae: ModelMixin) -> bool:
+    """Whether it is one of dinotok, also if its class is the copy that lies beside the weights on the Hub."""
+    return "encoder_digest" in vae.config
+
+
 def _unscaled(latents: torch.Tensor, config: Mapping[str, Any]) -> torch.Tensor:
     """Undo what pipelines of diffusers do to latents: SD3's scale and shift, or SDXL's statistics per channel."""
     mean, std = config.get("latents_mean"), config.get("latents_std")
@@ -283,7 +287,7 @@ def _unscaled(latents: torch.Tensor, config: Mapping[str, Any]) -> torch.Tensor:
 
 
 def _pixels_per_latent(vae: ModelMixin) -> int:
-    if isinstance(vae, TokenizerModel | AutoencoderRAE):
+    if _is_tokenizer(vae) or isinstance(vae, AutoencoderRAE):
         return vae.config.patch_size
     return 2 ** (len(vae.config.block_out_channels) - 1)
 
