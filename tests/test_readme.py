@@ -80,7 +80,7 @@ def test_training_a_folder_of_pictures_works_as_shown(workplace, monkeypatch, pa
     """With two steps in place of a hundred."""
     monkeypatch.chdir(workplace)
     shutil.rmtree("runs", ignore_errors=True)
-    monkeypatch.setattr(train_tokenizer, "FIT_PICTURES", 16)
+    monkeypatch.setattr(train_tokenizer, "FIT_CROPS", 16)
     command = next(block for block in blocks(page, "bash") if "--dataset photographs" in block)
     script, *arguments = shlex.split(command.replace("\\\n", " "))[1:]
     assert script == "training_scripts/train_tokenizer.py"

@@ -50,7 +50,9 @@ from dinotok.training import (
     training_record,
 )
 
-FIT_PICTURES, MAX_VALIDATION_PICTURES = 8192, 1000
+# Crops that closed-form fits see, and at most of each picture.
+FIT_CROPS, FIT_CROPS_PER_PICTURE = 8192, 64
+MAX_VALIDATION_PICTURES = 1000
 WARMUP_SHARE, MAX_GRADIENT_NORM, LOGGING_STEPS = 0.02, 1.0, 20
 DISCRIMINATOR_WARMUP, DISCRIMINATOR_RAMP = 500, 1000  # steps it learns alone, and steps until its weight is full
 
@@ -143,6 +145,12 @@ def make_loaders(options: TokenizerOptions, accelerator: Accelerator) -> tuple[P
     )
 
 
+def crops_to_fit(loader: PictureLoader, accelerator: Accelerator) -> Iterator[torch.Tensor]:
+    """Yield this process's share of the pixels that closed-form fits see."""
+    count = FIT_CROPS if loader.num_samples is None else min(FIT_CROPS, FIT_CROPS_PER_PICTURE * loader.num_samples)
+    return pixel_batches(loader, count // accelerator.num_processes)
+
+
 def start_tokenizer(
     options: TokenizerOptions, start: Path, accelerator: Accelerator, loader: PictureLoader, resuming: bool
 ) -> TokenizerModel:
@@ -153,7 +161,7 @@ def start_tokenizer(
     tokenizer.to(accelerator.device)
     if is_new:
         accelerator.print(f"Fitting a {type(tokenizer).__name__} in closed form ...")
-        fit_tokenizer(tokenizer, lambda: pixel_batches(loader, FIT_PICTURES // accelerator.num_processes))
+        fit_tokenizer(tokenizer, lambda: crops_to_fit(loader, accelerator))
     if accelerator.is_main_process:
         tokenizer.save_pretrained(start, include_encoder=tokenizer.config["encoder_repository"] is None)
     accelerator.wait_for_everyone()
@@ -284,7 +292,7 @@ def main(options: TokenizerOptions) -> TokenizerModel:
     batches.close()
 
     parts.ema.copy_to(trainable(parts.objective))
-    tokenizer.eval().fit_latents_statistics(pixel_batches(loader, FIT_PICTURES // accelerator.num_processes))
+    tokenizer.eval().fit_latents_statistics(crops_to_fit(loader, accelerator))
     if accelerator.is_main_process:
         record = training_record(options, steps=step, skipped_steps=parts.guard.skipped, **scores)
         publish(tokenizer, output / "tokenizer", record, options.push_to_hub)

@@ -52,8 +52,8 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def small_fits(monkeypatch):
-    """Closed-form starts on 16 pictures, and adversaries that start at once."""
-    monkeypatch.setattr(train_tokenizer, "FIT_PICTURES", 16)
+    """Closed-form starts on 16 crops, and adversaries that start at once."""
+    monkeypatch.setattr(train_tokenizer, "FIT_CROPS", 16)
     monkeypatch.setattr(train_tokenizer, "DISCRIMINATOR_WARMUP", 1)
     monkeypatch.setattr(train_tokenizer, "DISCRIMINATOR_RAMP", 2)
     yield
