@@ -60,7 +60,7 @@ class CacheOptions:
 @torch.no_grad()
 def main(options: CacheOptions) -> Path:
     """Write what is missing, and return the folder."""
-    accelerator = Accelerator(mixed_precision=options.mixed_precision)
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=options.mixed_precision)
     files = find_tokenizer(options.tokenizer)
     tokenizer = files.load().to(accelerator.device)
     dataset = load_pictures(options.dataset, split=options.split)

@@ -149,6 +149,7 @@ def make_accelerator(output_dir: str | os.PathLike[str], options: RunOptions) ->
         raise ValueError(f"mixed_precision={options.mixed_precision!r} is neither 'no' nor 'bf16'.")
     project = ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(Path(output_dir) / "logs"))
     accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),  # else the processes of a `torchrun` on CPUs do not find each other
         mixed_precision=options.mixed_precision,
         log_with=options.report_to.split(",") if options.report_to else None,
         project_config=project,
