@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import PartialState, debug_launcher
+from accelerate.state import AcceleratorState
 from PIL import Image
 
 from dinotok.data import PictureLoader, PictureTransform, aspect_ratio_buckets, load_pictures, pixel_batches, to_pixels
@@ -111,6 +112,7 @@ def _write_batches(folder: Path, num_workers: int, start: int) -> None:
 
 
 def test_two_real_processes_with_workers_resume_as_one_process_goes_straight(tmp_path):
+    AcceleratorState._reset_state(True)  # of other tests: the processes would inherit that they are alone
     debug_launcher(partial(_write_batches, tmp_path, 2, 5), num_processes=2)
     shares = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
     straight = take(PictureLoader(table(), TRANSFORM, 8), 0, 8)

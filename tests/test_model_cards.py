@@ -90,7 +90,7 @@ def change(path: Path, **values) -> None:
 def test_numbers_follow_the_results_and_missing_ones_say_so(checkout):
     results, cards = checkout / "benchmarks" / "results" / "dinotok_tiny.json", checkout / "model_cards"
     reconstruction = json.loads(results.read_text())["reconstruction"]
-    reconstruction["dinotok-tiny-ae"]["224x224"]["psnr"] = 12.345
+    reconstruction["dinotok-tiny-ae"]["224x224"] |= {"psnr": 12.345, "psnr_pooled": 28.41, "num_images": 1000}
     del reconstruction["dinotok-tiny-ae"]["128x128"]
     change(results, reconstruction=reconstruction)
     text = render_card(read_card(cards / "dinotok-tiny-ae.json"))
