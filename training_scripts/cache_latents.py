@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from tqdm import tqdm
 
 from dinotok.caches import common_fields, shard_loader
@@ -19,7 +18,7 @@ from dinotok.data import PictureTransform, load_pictures, to_pixels
 from dinotok.hub import find_tokenizer
 from dinotok.latent_caches import LatentCacheDescription, begin_latent_cache, write_latent_shard
 from dinotok.models.discrete import DiscreteTokenizer
-from dinotok.training import parse_options
+from dinotok.training import new_accelerator, parse_options
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ class CacheOptions:
 @torch.no_grad()
 def main(options: CacheOptions) -> Path:
     """Write what is missing, and return the folder."""
-    accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=options.mixed_precision)
+    accelerator = new_accelerator(mixed_precision=options.mixed_precision)
     files = find_tokenizer(options.tokenizer)
     tokenizer = files.load().to(accelerator.device)
     if isinstance(tokenizer, DiscreteTokenizer):

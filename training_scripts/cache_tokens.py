@@ -12,14 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from tqdm import tqdm
 
 from dinotok.caches import common_fields, shard_loader
 from dinotok.data import PictureTransform, load_pictures, to_pixels
 from dinotok.hub import find_tokenizer
 from dinotok.token_caches import CacheDescription, begin_token_cache, write_cache_shard
-from dinotok.training import parse_options
+from dinotok.training import new_accelerator, parse_options
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ class CacheOptions:
 @torch.no_grad()
 def main(options: CacheOptions) -> Path:
     """Write what is missing, and return the folder."""
-    accelerator = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision=options.mixed_precision)
+    accelerator = new_accelerator(mixed_precision=options.mixed_precision)
     files = find_tokenizer(options.tokenizer)
     tokenizer = files.load().to(accelerator.device)
     dataset = load_pictures(options.dataset, split=options.split)

@@ -134,6 +134,11 @@ class RunOptions(Protocol):
     report_to: str | None
 
 
+def new_accelerator(**options: Any) -> Accelerator:
+    """Build an accelerator, told where there is none: else the processes of a `torchrun` on CPUs are each alone."""
+    return Accelerator(cpu=not torch.accelerator.is_available(), **options)
+
+
 def make_accelerator(output_dir: str | os.PathLike[str], options: RunOptions) -> Accelerator:
     """Build the accelerator of a run, seed everything (equally on all ranks) and start the trackers.
 
@@ -148,8 +153,7 @@ def make_accelerator(output_dir: str | os.PathLike[str], options: RunOptions) ->
     if options.mixed_precision not in ("no", "bf16"):
         raise ValueError(f"mixed_precision={options.mixed_precision!r} is neither 'no' nor 'bf16'.")
     project = ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(Path(output_dir) / "logs"))
-    accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),  # else the processes of a `torchrun` on CPUs do not find each other
+    accelerator = new_accelerator(
         mixed_precision=options.mixed_precision,
         log_with=options.report_to.split(",") if options.report_to else None,
         project_config=project,
