@@ -10,6 +10,7 @@ import torch
 from PIL import Image, ImageOps
 
 from dinotok import AutoencoderDINOTok, ImageProcessor
+from dinotok.evaluation.latents import latent_parts
 from dinotok.metrics import ReconstructionMetrics
 from dinotok.models.discrete import DiscreteTokenizer
 from dinotok.models.tokenizer_model import TokenizerModel
@@ -20,6 +21,7 @@ from dinotok.transcoding import decode_batch, encode_batch, quantize_batch
 Captioned = tuple[Image.Image, str]
 FIRST, SECOND, NOTHING = "picture A", "picture B", "nothing"
 SOURCES = (FIRST, SECOND, NOTHING)
+LATENT_NAMES = {"deep": "semantic"}  # as their codes are called
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,8 @@ def reconstruct(model: TokenizerModel, picture: Image.Image) -> Reconstruction:
     original, reconstruction = (to_pictures(processor, values)[0] for values in (pixels, sample))
     height, width = processor.sizes[0]
     (scores,) = ReconstructionMetrics().update(sample[..., :height, :width], pixels[..., :height, :width])
-    grids = {f"{name} latents": pca_colors(part) for name, part in latent_parts(model, latents[0]).items()}
+    parts = latent_parts(model, latents) or {"all": latents}
+    grids = {f"{LATENT_NAMES.get(name, name)} latents": pca_colors(part[0]) for name, part in parts.items()}
     if isinstance(model, DiscreteTokenizer) and indices is not None:
         grids |= code_maps(model, indices[0])
     padded = (pixels.shape[3], pixels.shape[2])
@@ -94,22 +97,6 @@ def reconstruct(model: TokenizerModel, picture: Image.Image) -> Reconstruction:
         "Time": f"{seconds[0]:.2f} s to encode, {seconds[1]:.2f} s to decode",
     }
     return Reconstruction(original, reconstruction, maps, facts)
-
-
-def latent_parts(model: TokenizerModel, latents: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Split latents into what they are made of, by name.
-
-    Args:
-        model: The tokenizer that made them.
-        latents: `(C, h, w)` or `(B, C, h, w)`.
-
-    Returns:
-        `semantic` and `texture` of a DINO-Tok tokenizer that has both, else all as `all`.
-    """
-    if not isinstance(model, AutoencoderDINOTok) or not model.texture_channels:
-        return {"all": latents}
-    semantic, texture = latents.split([model.deep_channels, model.texture_channels], dim=-3)
-    return {"semantic": semantic, "texture": texture}
 
 
 def code_maps(model: DiscreteTokenizer, indices: torch.Tensor) -> dict[str, np.ndarray]:
