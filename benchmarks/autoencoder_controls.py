@@ -16,6 +16,7 @@ import os
 import time
 from pathlib import Path
 
+import result_tables
 import torch
 import torch.nn.functional as F
 from photographs import ENCODER, load_photographs, to_pixels
@@ -117,8 +118,7 @@ def write_table(rows: dict, steps: int) -> None:
         table.append(
             f"| {name} | {row['latent_channels']} | {cell(row['closed form'])} | {cell(row.get('trained'))} |"
         )
-    print("\n".join(table))
-    RESULTS.with_suffix(".md").write_text(f"{__doc__.splitlines()[0]}\n\n" + "\n".join(table) + "\n")
+    result_tables.write_table(table, __doc__, RESULTS)
 
 
 def main() -> None:

@@ -19,25 +19,27 @@ supervised ViT-Ti/16), beside that of validation photographs that only went thro
 import argparse
 import json
 import math
-import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import result_tables
 import torch
 from diffusers.optimization import get_scheduler
 from generation_study import Judge
 from patch_codes import BATCH, PATCH, PatchCodes
 from photographs import load_photographs
-from torch.nn.functional import interpolate
+from torch.nn.functional import interpolate, pad
 from tqdm import tqdm
 
 from dinotok import AutoregressiveTransformer2DModel
-from dinotok.autoregressive_training import TokenObjective, start_from_codes
-from dinotok.decoding import draw, index_probabilities
+from dinotok.autoregressive_training import TokenObjective, conditions, start_from_codes
 from dinotok.hub import load_tokenizer
+from dinotok.models.discrete import DiscreteTokenizerModel
+from dinotok.pipelines.class_conditional_autoregressive import DINOTokARPipeline
 from dinotok.probes import knn_accuracy
 from dinotok.token_caches import TokenLoader, open_token_cache
+from training_scripts.train_autoregressive import AutoregressiveOptions
 
 RESULTS = Path(__file__).parent / "results" / "autoregressive_study.json"
 BODY = {
@@ -48,7 +50,7 @@ BODY = {
     "tie_codes": True,
     "dropout": 0.1,
 }
-SCORED_SHARE, LEARNING_RATE, CLASS_DROPOUT = 0.25, 1e-3, 0.1
+OPTIONS = AutoregressiveOptions(model="", dataset="", output_dir="", scored_share=0.25, learning_rate=1e-3)
 TOP_K = 200
 
 
@@ -70,48 +72,52 @@ class EncoderCodes:
         for batch in self.loaders["val"].once():
             yield batch["indices"], batch["labels"]
 
+    @torch.no_grad()
     def decode(self, indices: torch.Tensor) -> torch.Tensor:
         return self.tokenizer.decode(self.tokenizer.indices_to_latents(indices)).sample.clamp(-1, 1)
 
 
 class Flat:
-    """Two indices side by side, as one grid twice as wide over one codebook."""
+    """Two indices side by side, as one grid twice as wide over one codebook.
 
-    def __init__(self, sizes: list[int]):
-        self.offsets = torch.tensor([0, *sizes[:-1]]).cumsum(0)
+    Attributes:
+        code_vectors: Of all codes, each codebook's of mean square 1 and the narrower ones padded.
+    """
+
+    def __init__(self, tables: Sequence[torch.Tensor]):
+        self.offsets = torch.tensor([0, *(len(table) for table in tables[:-1])]).cumsum(0)
+        width = max(table.shape[1] for table in tables)
+        centred = [table - table.mean(0) for table in tables]
+        scaled = [table / table.square().mean().sqrt() for table in centred]
+        self.code_vectors = {"all": torch.cat([pad(table, (0, width - table.shape[1])) for table in scaled])}
 
     def __call__(self, indices: torch.Tensor) -> torch.Tensor:
         return (indices + self.offsets[:, None, None]).movedim(1, -1).flatten(2)[:, None]
 
 
-def train(name: str, codes, sizes: list[int], head_depth: int, steps: int, judge: "Referee") -> list[dict]:
+def train(name: str, codes, head_depth: int, steps: int, referee: "Referee") -> list[dict]:
     """Train one transformer, and score it at a quarter, a half and all of the steps."""
     torch.manual_seed(0)
-    flat = Flat(sizes) if name == "one flat sequence" else None
-    widths = [table.shape[1] for table in codes.code_vectors.values()]
+    flat = Flat(list(codes.code_vectors.values())) if name == "one flat sequence" else None
+    tables = list((flat or codes).code_vectors.values())
     model = AutoregressiveTransformer2DModel(
-        [sum(sizes)] if flat else sizes,
+        [len(table) for table in tables],
         num_classes=10,
         sample_size=[codes.grid[0], 2 * codes.grid[1]] if flat else codes.grid,
         head_depth=head_depth,
-        code_dims=[max(widths)] if flat else widths,
+        code_dims=[table.shape[1] for table in tables],
         **BODY,
     )
-    start_from_codes(model, _Vectors(codes.code_vectors, model))
+    start_from_codes(model, flat or codes)
     objective = TokenObjective(model).train()
-    optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.05)
+    optimizer = torch.optim.AdamW(model.parameters(), OPTIONS.learning_rate, betas=(0.9, 0.95), weight_decay=0.05)
     scheduler = get_scheduler("cosine", optimizer, num_warmup_steps=steps // 20, num_training_steps=steps)
-    generator, rows, seconds = torch.Generator().manual_seed(0), [], 0.0
-    batches, positions = codes.train(), math.prod(model.config.sample_size)
+    rows, seconds, batches = [], 0.0, codes.train()
     for step in tqdm(range(1, steps + 1), desc=name, mininterval=30):
         indices, labels = next(batches)
-        dropped = torch.rand(len(labels), generator=generator) < CLASS_DROPOUT
-        chosen = torch.rand(len(labels), positions, generator=generator)
-        chosen = chosen.topk(math.ceil(SCORED_SHARE * positions)).indices
+        labels, scored = conditions(OPTIONS, labels, model, step, rank=0)
         start = time.process_time()
-        losses = objective(
-            flat(indices) if flat else indices, labels.masked_fill(dropped, model.config.num_classes), positions=chosen
-        )
+        losses = objective(flat(indices) if flat else indices, labels, **scored)
         losses.mean().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -120,21 +126,9 @@ def train(name: str, codes, sizes: list[int], head_depth: int, steps: int, judge
         seconds += time.process_time() - start
         if step in (steps // 4, steps // 2, steps):
             row = {"step": step, "cpu_seconds_per_step": seconds / step, **score(model.eval(), codes, flat)}
-            rows.append(row | judge.score(model, codes, flat))
+            rows.append(row if flat else row | referee.score(model, codes))
             objective.train()
     return rows
-
-
-class _Vectors:
-    """Code vectors in the place of a tokenizer, as wide as a model's tables."""
-
-    def __init__(self, vectors: dict[str, torch.Tensor], model: AutoregressiveTransformer2DModel):
-        tables = [(table.float() - table.float().mean(0)) for table in vectors.values()]
-        tables = [table / table.square().mean().sqrt() for table in tables]
-        if len(model.code_embeddings) == 1:  # all codes in one table, the narrower ones padded
-            width = model.code_embeddings[0].embedding_dim
-            tables = [torch.cat([torch.nn.functional.pad(table, (0, width - table.shape[1])) for table in tables])]
-        self.code_vectors = dict(enumerate(tables))
 
 
 @torch.no_grad()
@@ -151,17 +145,21 @@ def score(model: AutoregressiveTransformer2DModel, codes, flat: Flat | None) -> 
 class Referee:
     """Class accuracy of pictures, by the nearest photographs of a bank."""
 
-    def __init__(self, pictures: int, side: int):
-        self.judge, self.pictures, self.side = Judge(), pictures, side
+    def __init__(self, pictures: int, side: int, tokenizer: DiscreteTokenizerModel):
+        self.judge, self.pictures, self.tokenizer = Judge(), pictures, tokenizer
         bank, self.labels = load_photographs("train", 2000)
         self.bank = self._features(interpolate(bank, size=(side, side), mode="bicubic", antialias=True))
 
-    def score(self, model: AutoregressiveTransformer2DModel, codes, flat: Flat | None) -> dict[str, float]:
+    def score(self, model: AutoregressiveTransformer2DModel, codes) -> dict[str, float]:
         """Draw pictures of all classes in turn, from the most likely codes, without guidance."""
-        if flat is not None:
-            return {}
-        labels = torch.arange(self.pictures) % 10
-        pixels = torch.cat([codes.decode(sample(model, part, seed)) for seed, part in enumerate(labels.split(50))])
+        pipeline = DINOTokARPipeline(model, self.tokenizer)  # whose pictures are not asked for, only indices
+        pipeline.set_progress_bar_config(disable=True)
+        labels, pixels = torch.arange(self.pictures) % 10, []
+        for seed, part in enumerate(labels.split(50)):
+            generator = torch.Generator().manual_seed(seed)
+            drawn = pipeline(part.tolist(), top_k=TOP_K, generator=generator, output_type="latent").images
+            pixels.append(codes.decode(drawn))
+        pixels = torch.cat(pixels)
         return {"class_accuracy": self._accuracy(pixels, labels)}
 
     def ceiling(self, codes) -> float:
@@ -175,20 +173,6 @@ class Referee:
 
     def _features(self, pictures: torch.Tensor) -> torch.Tensor:
         return self.judge.describe(pictures, "features", inception=False)["encoder"]
-
-
-@torch.no_grad()
-def sample(model: AutoregressiveTransformer2DModel, labels: torch.Tensor, seed: int) -> torch.Tensor:
-    """Return indices `(B, K, h, w)`."""
-    books, grid = len(model.config.codebook_sizes), model.config.sample_size
-    cache, found, generator = model.allocate_cache(len(labels)), [], torch.Generator().manual_seed(seed)
-    logits = model(class_labels=labels, cache=cache).logits[0]
-    for step in range(math.prod(grid) * books):
-        noise = torch.rand(len(labels), generator=generator)
-        found.append(draw(index_probabilities(logits, 1.0, TOP_K, 1.0), noise))
-        if step + 1 < math.prod(grid) * books:
-            logits = model(found[-1], cache=cache).logits[0]
-    return torch.cat(found, dim=1).unflatten(1, (*grid, books)).movedim(-1, 1)
 
 
 def write_table(results: dict) -> None:
@@ -205,14 +189,7 @@ def write_table(results: dict) -> None:
             )
     for name, accuracy in results["ceilings"].items():
         lines.append(f"| photographs through {name} | - | - | {accuracy:.1%} | - |")
-    print("\n".join(lines))
-    RESULTS.with_suffix(".md").write_text(f"{__doc__.splitlines()[0]}\n\n" + "\n".join(lines) + "\n")
-
-
-def save(results: dict) -> None:
-    unfinished = RESULTS.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(results, indent=2) + "\n")
-    os.replace(unfinished, RESULTS)
+    result_tables.write_table(lines, __doc__, RESULTS)
 
 
 def main() -> None:
@@ -227,18 +204,18 @@ def main() -> None:
     if results.get("settings") != settings:
         results = {"settings": settings, "rows": {}, "ceilings": {}}
     encoder = EncoderCodes(arguments.train, arguments.val)
-    sizes = [len(table) for table in encoder.code_vectors.values()]
-    referee = Referee(arguments.pictures, PATCH * encoder.grid[0])
+    referee = Referee(arguments.pictures, PATCH * encoder.grid[0], encoder.tokenizer)
     wanted = [("semantic, then texture", 1), ("parallel heads", 0), ("one flat sequence", 0), ("patch codes", 1)]
     for name, head_depth in wanted:
         if name in results["rows"]:
             continue
-        codes = PatchCodes(sizes, encoder.grid) if name == "patch codes" else encoder
-        label = "patch codes" if name == "patch codes" else "the tokenizer's codes"
+        codes, label = encoder, "the tokenizer's codes"
+        if name == "patch codes":
+            codes, label = PatchCodes([len(table) for table in encoder.code_vectors.values()], encoder.grid), name
         if label not in results["ceilings"]:
             results["ceilings"][label] = referee.ceiling(codes)
-        results["rows"][name] = train(name, codes, sizes, head_depth, arguments.steps, referee)
-        save(results)
+        results["rows"][name] = train(name, codes, head_depth, arguments.steps, referee)
+        result_tables.save(results, RESULTS)
     write_table(results)
 
 

@@ -12,6 +12,7 @@ import statistics
 import time
 from pathlib import Path
 
+import result_tables
 import torch
 from diffusers import DiTTransformer2DModel
 
@@ -83,9 +84,8 @@ def main() -> None:
             }
     table = ["| step | parameters, M | median, ms | ratio |", "|---|---|---|---|"]
     table += [f"| {name} | {' | '.join(map(str, row.values()))} |" for name, row in rows.items()]
-    print("\n".join(table))
     RESULTS.write_text(json.dumps({"settings": vars(arguments), "rows": rows}, indent=2) + "\n")
-    RESULTS.with_suffix(".md").write_text(f"{__doc__.splitlines()[0]}\n\n" + "\n".join(table) + "\n")
+    result_tables.write_table(table, __doc__, RESULTS)
 
 
 if __name__ == "__main__":

@@ -13,9 +13,9 @@ Finished rows are kept in the results file.
 
 import argparse
 import json
-import os
 from pathlib import Path
 
+import result_tables
 import torch
 from photographs import DATA, ENCODER, load_photographs, to_pixels
 from tqdm import tqdm
@@ -123,8 +123,7 @@ def write_table(results: dict) -> None:
             )
     lines += ["", "| k-NN of the mean over a picture | accuracy |", "|---|---|"]
     lines += [f"| {name} | {value:.1%} |" for name, value in results.get("k-NN", {}).items()]
-    print("\n".join(lines))
-    RESULTS.with_suffix(".md").write_text(f"{__doc__.splitlines()[0]}\n\n" + "\n".join(lines) + "\n")
+    result_tables.write_table(lines, __doc__, RESULTS)
 
 
 def main() -> None:
@@ -150,20 +149,14 @@ def main() -> None:
             if label not in rows:
                 whole = isinstance(path, str) and size in SIZES[:2]
                 rows[label] = score(model, val[0] if whole else quarter, size, nets)
-                save(results)
+                result_tables.save(results, RESULTS)
         if isinstance(path, str) and "fid_768" not in rows["224x224"]:
             rows["224x224"]["fid_768"] = fid_768(model, val[0][:: max(1, len(val[0]) // 1000)], features)
-            save(results)
+            result_tables.save(results, RESULTS)
     if "k-NN" not in results:
         results["k-NN"] = probe(load_photographs("train", 2000), val)
-        save(results)
+        result_tables.save(results, RESULTS)
     write_table(results)
-
-
-def save(results: dict) -> None:
-    unfinished = RESULTS.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(results, indent=2) + "\n")
-    os.replace(unfinished, RESULTS)
 
 
 if __name__ == "__main__":

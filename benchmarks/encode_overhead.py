@@ -13,6 +13,7 @@ import statistics
 import time
 from pathlib import Path
 
+import result_tables
 import torch
 from diffusers import AutoencoderRAE
 
@@ -67,9 +68,8 @@ def main() -> None:
     }
     table = ["| call | median, ms | ratio to the bare backbone |", "|---|---|---|"]
     table += [f"| {name} | {row['milliseconds']} | {row['ratio']} |" for name, row in rows.items()]
-    print("\n".join(table))
     RESULTS.write_text(json.dumps({"settings": vars(arguments), "rows": rows}, indent=2) + "\n")
-    RESULTS.with_suffix(".md").write_text(f"{__doc__.splitlines()[0]}\n\n" + "\n".join(table) + "\n")
+    result_tables.write_table(table, __doc__, RESULTS)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
+import result_tables
 import torch
 from photographs import DATA, ENCODER, load_photographs, to_pixels
 from safetensors.torch import load_file, save_file
@@ -201,13 +202,11 @@ def write_table(results: dict, path: Path) -> None:
         )
     for size, row in results["photographs"].items():
         lines.append(f"| - | photographs at {size} | {row['fid_768_val']:.3f} | - | {row['accuracy']:.1%} | - | - |")
-    print("\n".join(lines))
-    path.with_suffix(".md").write_text(f"{__doc__.splitlines()[0]}\n\n" + "\n".join(lines) + "\n")
+    result_tables.write_table(lines, __doc__, path)
 
 
 def save(results: dict, path: Path) -> None:
-    with writing(path) as temporary:
-        temporary.write_text(json.dumps(results, indent=2) + "\n")
+    result_tables.save(results, path)
     write_table(results, path)
 
 

@@ -17,12 +17,12 @@ through latents and decoder. Finished rows are kept in the results file.
 
 import argparse
 import json
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import result_tables
 import torch
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
@@ -32,15 +32,17 @@ from photographs import to_pixels
 from tqdm import tqdm
 
 from dinotok import DiffusionTransformer2DModel
-from dinotok.diffusion_training import DenoisingObjective, Draws
-from dinotok.flow_matching import dimension_shift, sample_times, sigma_grid
+from dinotok.diffusion_training import DenoisingObjective, make_draws
+from dinotok.flow_matching import dimension_shift, sigma_grid
 from dinotok.hub import load_tokenizer
 from dinotok.latent_caches import LatentLoader, open_latent_cache
 from dinotok.training import read_json
+from training_scripts.train_diffusion import DiffusionOptions
 
 RESULTS = Path(__file__).parent / "results" / "latent_study.json"
 RECIPE = Path(__file__).parents[1] / "training_scripts" / "recipes" / "dinotok_tiny_denoiser.json"
-BATCH, LEARNING_RATE, CLASS_DROPOUT, EMA_DECAY = 64, 1e-3, 0.1, 0.99
+BATCH, EMA_DECAY = 64, 0.99
+OPTIONS = DiffusionOptions(model="", dataset="", output_dir="", learning_rate=1e-3)
 SAMPLING_STEPS, GUIDANCE_SCALE, SIZE, NUM_CLASSES = 25, 2.0, 128, 10
 
 
@@ -85,11 +87,16 @@ def latents_of(name: str, arguments: argparse.Namespace) -> Latents:
     train, labels = read_cache(arguments.train)
     model = load_tokenizer("dinotok-tiny-ae" if name == "DINO-Tok" else arguments.deep_only)
     if name == "deep only":
-        whole = load_tokenizer("dinotok-tiny-ae")
+        whole, deep = load_tokenizer("dinotok-tiny-ae"), model.config.latent_channels
+        scale = whole.latents_std[:deep] / model.latents_std  # the same features, normalised by other statistics
+        shift = (whole.latents_mean[:deep] - model.latents_mean) / model.latents_std
+
+        def convert(latents: torch.Tensor) -> torch.Tensor:
+            return latents[:, :deep].float() * scale[:, None, None].float() + shift[:, None, None].float()
+
         probe = torch.rand(2, 3, SIZE, SIZE) * 2 - 1
-        deep = model.config.latent_channels
-        torch.testing.assert_close(model.encode(probe).latent, whole.encode(probe).latent[:, :deep], atol=1e-2, rtol=0)
-        train = train[:, :deep]
+        torch.testing.assert_close(model.encode(probe).latent, convert(whole.encode(probe).latent), atol=1e-2, rtol=0)
+        train = convert(train).half()
     return Latents(
         train,
         labels,
@@ -105,21 +112,15 @@ def train_denoiser(latents: Latents, steps: int, name: str) -> tuple[DiffusionTr
     config = {**read_json(RECIPE), "in_channels": shape[0], "sample_size": shape[1], "num_classes": NUM_CLASSES}
     model = DiffusionTransformer2DModel.from_config(config)
     objective = DenoisingObjective(model).train()
-    optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), OPTIONS.learning_rate, weight_decay=0.0)
     scheduler = get_scheduler("cosine", optimizer, num_warmup_steps=steps // 20, num_training_steps=steps)
     ema = EMAModel(model.parameters(), decay=EMA_DECAY)
-    generator, shift = torch.Generator().manual_seed(0), dimension_shift(shape.numel())
+    generator = torch.Generator().manual_seed(0)
     start = time.process_time()
-    for _ in tqdm(range(steps), desc=name, mininterval=30):
+    for step in tqdm(range(steps), desc=name, mininterval=30):
         rows = torch.randint(len(latents.train), (BATCH,), generator=generator)
-        clean, labels = latents.train[rows].float(), latents.labels[rows]
-        dropped = torch.rand(BATCH, generator=generator) < CLASS_DROPOUT
-        noise = torch.randn(clean.shape, generator=generator)
-        draws = Draws(
-            labels.masked_fill(dropped, NUM_CLASSES),
-            sample_times(BATCH, shift=shift, generator=generator),
-            noise,
-        )
+        clean = latents.train[rows].float()
+        draws = make_draws(OPTIONS, clean, latents.labels[rows], NUM_CLASSES, step, rank=0)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss = objective(clean, draws).mean()
         loss.backward()
@@ -190,8 +191,7 @@ def write_table(results: dict) -> None:
                 f"| {name} | {entry['channels']} | {label} | {row['fid_768_val']:.3f} | {row['accuracy']:.1%} | "
                 f"{entry['cpu_seconds_per_step']:.2f} |"
             )
-    print("\n".join(lines))
-    RESULTS.with_suffix(".md").write_text(f"{__doc__.splitlines()[0]}\n\n" + "\n".join(lines) + "\n")
+    result_tables.write_table(lines, __doc__, RESULTS)
 
 
 def main() -> None:
@@ -211,9 +211,7 @@ def main() -> None:
     for name in ("DINO-Tok", "deep only", "patch PCA"):
         if name not in results["rows"]:
             results["rows"][name] = measure(name, arguments, judge, reference)
-            unfinished = RESULTS.with_suffix(".unfinished")
-            unfinished.write_text(json.dumps(results, indent=2) + "\n")
-            os.replace(unfinished, RESULTS)
+            result_tables.save(results, RESULTS)
     write_table(results)
 
 

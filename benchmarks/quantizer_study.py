@@ -19,6 +19,7 @@ import json
 import time
 from pathlib import Path
 
+import result_tables
 import torch
 import torch.nn.functional as F
 from photographs import ENCODER, load_photographs, to_pixels
@@ -140,8 +141,7 @@ def write_table(results: dict, steps: int) -> None:
             f"{row['trained']['psnr']:.2f} dB |"
         )
     lines.append(f"| no quantizer | 0 | - | - | {results['k-NN unquantized']:.1%} | {results['psnr']:.2f} dB | - |")
-    print("\n".join(lines))
-    RESULTS.with_suffix(".md").write_text(f"{__doc__.splitlines()[0]}\n\n" + "\n".join(lines) + "\n")
+    result_tables.write_table(lines, __doc__, RESULTS)
 
 
 def main() -> None:

@@ -20,6 +20,7 @@ from statistics import median
 
 import numpy as np
 import pyarrow.parquet as pq
+import result_tables
 import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderRAE
@@ -157,8 +158,7 @@ def main() -> None:
     lines += [f"| {name} | {row['pictures per second']} | {row['ratio']} |" for name, row in rows.items()]
     lines += ["", "| loader alone | pictures/s |", "|---|---|"]
     lines += [f"| {k} | {v} |" for k, v in results["loaders alone, pictures per second"].items()]
-    print("\n".join(lines))
-    RESULTS.with_suffix(".md").write_text(f"{__doc__.splitlines()[0]}\n\n" + "\n".join(lines) + "\n")
+    result_tables.write_table(lines, __doc__, RESULTS)
 
 
 if __name__ == "__main__":

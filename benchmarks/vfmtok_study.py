@@ -15,10 +15,10 @@ FID-768 is not the FID of papers. Finished rows are kept in the results file.
 
 import argparse
 import json
-import os
 import time
 from pathlib import Path
 
+import result_tables
 import torch
 from accelerate import Accelerator
 from photographs import DATA, ENCODER, load_photographs, to_pixels
@@ -156,8 +156,7 @@ def write_table(results: dict) -> None:
             f"| {name} | {row['psnr']:.2f} dB | {row['ssim']:.3f} | {row['lpips_alex']:.3f} | {row['fid_768']:.3f} | "
             f"{used} | {row['k-NN']:.1%} |"
         )
-    print("\n".join(lines))
-    RESULTS.with_suffix(".md").write_text(f"{__doc__.splitlines()[0]}\n\n" + "\n".join(lines) + "\n")
+    result_tables.write_table(lines, __doc__, RESULTS)
 
 
 def main() -> None:
@@ -181,9 +180,7 @@ def main() -> None:
     for name, row in ROWS.items():
         if name not in results["rows"]:
             results["rows"][name] = measure(row, train, val, settings["steps"], nets)
-            unfinished = RESULTS.with_suffix(".unfinished")
-            unfinished.write_text(json.dumps(results, indent=2) + "\n")
-            os.replace(unfinished, RESULTS)
+            result_tables.save(results, RESULTS)
             write_table(results)
 
 
