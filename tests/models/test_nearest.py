@@ -1,5 +1,6 @@
 """Laws of the exact nearest-code search."""
 
+import inspect
 import math
 
 import numpy as np
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
 
+import dinotok.models.nearest
 from dinotok.models.nearest import nearest_codes
 
 MAX_BYTES = [1, 3_000, 50_000, 1_000_000, 2**25]
@@ -193,6 +195,20 @@ def test_compiles_without_a_graph_break():
 
     compiled = torch.compile(quantize, fullgraph=True, backend="aot_eager")
     assert compiled(vectors, codebook).equal(quantize(vectors, codebook))
+
+
+def test_code_that_runs_again_leaves_the_operator_of_the_first_run():
+    """As files of code from the Hub do at every load."""
+    source = inspect.getsource(dinotok.models.nearest)
+    runs = [{"__name__": "some_repository_code"} for _ in range(2)]
+    for names in runs:
+        exec(compile(source, "nearest.py", "exec"), names)
+    assert "_operator" in runs[0] and "_operator" not in runs[1]
+    vectors, codebook = ambiguous()
+    expected = nearest_codes(vectors, codebook)
+    for names in runs:
+        assert torch.equal(names["nearest_codes"](vectors, codebook), expected)
+    assert hasattr(torch.ops.some_repository_code, "nearest_codes")
 
 
 def test_operator_contract():

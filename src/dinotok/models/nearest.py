@@ -54,8 +54,9 @@ def nearest_codes(
     weights = None if weights is None else weights.detach().to(torch.promote_types(weights.dtype, torch.float32))
     if vectors.device.type == "mps":  # has no float64
         weights = None if weights is None else weights.cpu()
-        return _nearest_codes(vectors.cpu(), codebook.cpu(), weights, cosine, max_bytes).to(vectors.device)
-    return _nearest_codes(vectors, codebook, weights, cosine, max_bytes)
+        found = _OPERATORS.nearest_codes(vectors.cpu(), codebook.cpu(), weights, cosine, max_bytes)
+        return found.to(vectors.device)
+    return _OPERATORS.nearest_codes(vectors, codebook, weights, cosine, max_bytes)
 
 
 def _check(vectors: torch.Tensor, codebook: torch.Tensor, weights: torch.Tensor | None, max_bytes: int | None) -> None:
@@ -78,8 +79,6 @@ def _check(vectors: torch.Tensor, codebook: torch.Tensor, weights: torch.Tensor 
         raise ValueError(f"max_bytes={max_bytes} must be positive.")
 
 
-# A custom operator is opaque to torch.compile and torch.export: no graph break, and the same kernels as in eager mode.
-@torch.library.custom_op("dinotok::nearest_codes", mutates_args=())
 def _nearest_codes(
     vectors: torch.Tensor, codebook: torch.Tensor, weights: torch.Tensor | None, cosine: bool, max_bytes: int
 ) -> torch.Tensor:
@@ -87,11 +86,20 @@ def _nearest_codes(
         return _Search(codebook, weights, cosine, max_bytes)(vectors)
 
 
-@_nearest_codes.register_fake
-def _(
+def _fake_nearest_codes(
     vectors: torch.Tensor, codebook: torch.Tensor, weights: torch.Tensor | None, cosine: bool, max_bytes: int
 ) -> torch.Tensor:
     return vectors.new_empty(vectors.shape[0], dtype=torch.int64)
+
+
+# A custom operator is opaque to torch.compile and torch.export: no graph break, and the same kernels as in eager mode.
+# The code beside weights on the Hub has a name of its own and runs anew at every load: registering an operator again
+# would destroy the one that models in use call.
+_NAMESPACE = __name__.partition(".")[0]
+_OPERATORS = getattr(torch.ops, _NAMESPACE)
+if not hasattr(_OPERATORS, "nearest_codes"):
+    _operator = torch.library.custom_op(f"{_NAMESPACE}::nearest_codes", _nearest_codes, mutates_args=())
+    _operator.register_fake(_fake_nearest_codes)
 
 
 class _Search:
